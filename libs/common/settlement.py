@@ -1,0 +1,256 @@
+"""Settlement: the only place where an entry ends.
+
+Delivered entries are settled, dead ones buried, quota requests answered; what a stop leaves is handed over.
+Each is a guarded script over many ids: the second caller changes nothing, so a call whose reply was lost is
+simply made again. What cannot reach Redis waits here and is sent again; the delivery itself is not repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import msgspec
+
+from common.entries import Entry, Hand
+from common.logs import get
+from common.outcomes import Dead, Delivered, Reason
+from common.redis_border import RedisFault, Scripts
+from common.streams import HANDOVER, Stream
+
+BATCH = 500
+"""Entries a script call; a larger one would keep the server from its other clients for too long."""
+
+LINGER = 0.003
+"""Seconds for which a settlement waits for company. Short beside a request, long beside a script call."""
+
+GRANT_KEPT_MS = 3_600_000
+
+_NO_FIGURES = (0, 0, 0, 0)
+
+
+class DeadDocument(msgspec.Struct, frozen=True):
+    """What `{stream}:dead` keeps beside a dead letter (contract section 2). Times are Unix seconds."""
+
+    reason: str
+    error: str
+    http_status: int | None
+    attempts: int
+    added_at: float
+    died_at: float
+    service: str
+    response_excerpt: str | None
+
+
+class Counters(Protocol):
+    """What settlement tells the metrics, per batch."""
+
+    def settled(self, delivered: int, duplicate: int, seconds: list[float]) -> None: ...
+    def buried(self, reason: Reason) -> None: ...
+    def vanished_entries(self, n: int) -> None: ...
+
+
+class TurnLost(Exception):
+    """A script found that the turn is somebody else's: what is in hand is not ours any more."""
+
+
+class Settlement:
+    """Ends entries of one stream for one consumer, in batches, in the background."""
+
+    def __init__(
+        self,
+        scripts: Scripts,
+        stream: Stream,
+        consumer: str,
+        service: str,
+        hand: Hand,
+        counters: Counters,
+        *,
+        turn_lost: Callable[[], None],
+        response_stream: str | None = None,
+        token: str | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.scripts = scripts
+        self.stream = stream
+        self.consumer = consumer
+        self.hand = hand
+        self.ended = asyncio.Event()  # set whenever entries have left the hand
+        self._turn_lost = turn_lost
+        self._service = service
+        self._counters = counters
+        self._response_stream = response_stream
+        self._turn = [stream.turn_key] if token else []
+        self._token = token or ""
+        self._now = now
+        self._settling: list[tuple[Entry, bool]] = []
+        self._burying: list[tuple[Entry, Dead]] = []
+        self._work = asyncio.Event()
+        self._full = asyncio.Event()
+        self._log = get("settlement")
+
+    # -- what the loop says --------------------------------------------------------------------------
+
+    def delivered(self, entry: Entry, outcome: Delivered) -> None:
+        """The ControlPlane has it: it leaves the stream with the next batch."""
+        entry.ended = True
+        self._settling.append((entry, outcome.duplicate))
+        self._work.set()
+        if len(self._settling) >= BATCH:
+            self._full.set()
+
+    def died(self, entry: Entry, dead: Dead) -> None:
+        """A verdict on the entry: it moves to the dead-letter view with the next batch."""
+        entry.ended = True
+        self._burying.append((entry, dead))
+        self._work.set()
+
+    # -- the task ------------------------------------------------------------------------------------
+
+    async def run(self, on_fault: Callable[[RedisFault], float]) -> None:
+        """Flushes for ever; `on_fault` is told what Redis said and answers how long to wait."""
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            if len(self._settling) < BATCH:
+                try:
+                    async with asyncio.timeout(LINGER):
+                        await self._full.wait()
+                except TimeoutError:
+                    pass
+            self._full.clear()
+            try:
+                await self.flush()
+            except RedisFault as fault:
+                self._work.set()
+                await asyncio.sleep(on_fault(fault))
+            except TurnLost:
+                self._turn_lost()
+
+    async def flush(self) -> None:
+        """Ends all that is waiting; raises RedisFault or TurnLost, and then keeps what was not ended."""
+        while self._settling:
+            batch = self._settling[:BATCH]
+            settle = self._settle if self._response_stream is None else self._answer
+            await settle(batch)
+            del self._settling[: len(batch)]
+            self._left(entry for entry, _ in batch)
+        while self._burying:
+            deaths = self._burying[:BATCH]
+            await self._bury(deaths)
+            del self._burying[: len(deaths)]
+            self._left(entry for entry, _ in deaths)
+
+    def forget(self) -> None:
+        """Drops what waits: after a lost turn the successor delivers it again, in order."""
+        self._settling.clear()
+        self._burying.clear()
+
+    def _left(self, entries: Iterable[Entry]) -> None:
+        self.hand.drop(entries)
+        self.ended.set()
+
+    async def _settle(self, batch: list[tuple[Entry, bool]]) -> None:
+        stream = self.stream
+        args: list[str | bytes | int] = [stream.group, stream.dead_group, self._token]
+        duplicates = 0
+        for entry, duplicate in batch:
+            duplicates += duplicate
+            args += (entry.id, "duplicate" if duplicate else "delivered", *(entry.figures or _NO_FIGURES))
+        keys = [stream.name, stream.dead_key, stream.ledger_key, *self._turn]
+        if await self.scripts.run("settle", keys, args) == -1:
+            raise TurnLost
+        self._count(batch, duplicates)
+
+    async def _answer(self, batch: list[tuple[Entry, bool]]) -> None:
+        assert self._response_stream is not None
+        stream = self.stream
+        args: list[str | bytes | int] = [stream.group, self.consumer, GRANT_KEPT_MS]
+        for entry, duplicate in batch:
+            assert entry.reply is not None
+            args += (entry.id, "duplicate" if duplicate else "delivered", entry.reply, entry.correlation_id)
+        answered = await self.scripts.run(
+            "answer", [stream.name, stream.ledger_key, self._response_stream], args
+        )
+        mine = [ended for ended, one in zip(batch, answered, strict=True) if one]
+        self._count(mine, sum(duplicate for _, duplicate in mine))
+
+    def _count(self, batch: list[tuple[Entry, bool]], duplicates: int) -> None:
+        now = self._now()
+        seconds = [now - entry.added_at for entry, _ in batch]
+        self._counters.settled(len(batch) - duplicates, duplicates, seconds)
+
+    async def _bury(self, deaths: list[tuple[Entry, Dead]]) -> None:
+        stream, died_at = self.stream, self._now()
+        args: list[str | bytes | int] = [stream.group, stream.dead_group, self.consumer, self._token]
+        for entry, dead in deaths:
+            document = DeadDocument(
+                reason=dead.reason,
+                error=dead.error,
+                http_status=dead.http_status,
+                attempts=entry.attempts,
+                added_at=entry.added_at,
+                died_at=died_at,
+                service=self._service,
+                response_excerpt=dead.response_excerpt,
+            )
+            args += (entry.id, dead.reason.value, max(1, entry.attempts), msgspec.json.encode(document))
+        keys = [stream.name, stream.dead_key, stream.ledger_key, *self._turn]
+        results = await self.scripts.run("bury", keys, args)
+        if results == -2:
+            raise TurnLost
+        for (entry, dead), result in zip(deaths, results, strict=True):
+            if result == 1:
+                self._counters.buried(dead.reason)
+                self._log.warning(
+                    "entry.dead",
+                    stream=stream.name,
+                    id=entry.id.decode(),
+                    reason=dead.reason.value,
+                    error=dead.error,
+                    http_status=dead.http_status,
+                    attempts=entry.attempts,
+                    correlation_id=entry.correlation_id,
+                )
+            elif result == -1:
+                self.vanished([entry.id])
+
+    # -- what others say -----------------------------------------------------------------------------
+
+    async def renew(self, entries: list[Entry]) -> list[Entry]:
+        """Renews the lease and writes delivery counts; returns the entries that are no longer ours."""
+        gone: list[Entry] = []
+        for batch in _batches(entries):
+            args: list[str | bytes | int] = [self.stream.group, self.consumer]
+            for entry in batch:
+                args += (entry.id, entry.deliveries)
+            lost, vanished = await self.scripts.run("renew", [self.stream.name, self.stream.ledger_key], args)
+            self.vanished(vanished)
+            missing = {*lost, *vanished}
+            gone += (entry for entry in batch if entry.id in missing)
+        return gone
+
+    async def hand_over(self, entries: list[Entry]) -> int:
+        """Gives entries to whoever looks next; they count no crash. They leave the hand."""
+        n = 0
+        for batch in _batches(entries):
+            args: list[str | bytes | int] = [self.stream.group, self.consumer, HANDOVER]
+            for entry in batch:
+                args += (entry.id, entry.deliveries)
+            n += await self.scripts.run("hand_over", [self.stream.name], args)
+            self._left(batch)
+        return n
+
+    def vanished(self, ids: Iterable[bytes]) -> None:
+        """Entries that somebody deleted while they were pending: a loss, said aloud, counted by the script."""
+        named = [entry_id.decode() for entry_id in ids]
+        if named:
+            self._counters.vanished_entries(len(named))
+            self._log.error("entry.vanished", stream=self.stream.name, ids=named[:20], count=len(named))
+
+
+def _batches(entries: list[Entry]) -> Iterable[list[Entry]]:
+    for start in range(0, len(entries), BATCH):
+        yield entries[start : start + BATCH]

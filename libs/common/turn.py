@@ -1,0 +1,89 @@
+"""The turn: one active holder among many processes, by a token with a time to live.
+
+A stream that promises order is read by the holder alone, and the acting registrar is the holder of its turn.
+The token fences: scripts that read, settle or bury check it, so a holder that was paused for longer than the
+time to live changes nothing any more (law 14).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from common.logs import get
+from common.redis_border import RedisFault, Scripts
+
+ASK_EVERY = 1.0
+"""Seconds between two attempts of those who wait: a handed-over turn is taken up within this time."""
+
+
+class Turn:
+    """Takes the turn when it is free, renews it every third of its time to live, gives it up on stop."""
+
+    def __init__(
+        self,
+        scripts: Scripts,
+        key: str,
+        token: str,
+        ttl: float,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self.key = key
+        self.token = token
+        self.taken = asyncio.Event()
+        self.era = 0  # how often the turn was taken: between two eras somebody else may have held it
+        self._scripts = scripts
+        self._ttl = ttl
+        self._clock = clock
+        self._renewed_at = float("-inf")
+        self._log = get("turn")
+
+    @property
+    def held(self) -> bool:
+        return self.taken.is_set()
+
+    @property
+    def fresh(self) -> bool:
+        """Whether a request may start: the last renewal is younger than half the time to live."""
+        return self.taken.is_set() and self._clock() - self._renewed_at < self._ttl / 2
+
+    async def run(self, on_fault: Callable[[RedisFault], float], answered: Callable[[], None]) -> None:
+        """Asks and renews for ever; `on_fault` is told what Redis said and answers how long to wait."""
+        while True:
+            try:
+                await self.ask()
+                answered()
+                pause = self._ttl / 3 if self.held else min(ASK_EVERY, self._ttl / 3)
+            except RedisFault as fault:
+                self._expire()
+                pause = min(on_fault(fault), self._ttl / 3)
+            await asyncio.sleep(pause)
+
+    async def ask(self) -> bool:
+        """One attempt; raises RedisFault. The time of a renewal is the time before the call."""
+        asked_at = self._clock()
+        if await self._scripts.run("turn_take", [self.key], [self.token, int(self._ttl * 1000)]):
+            self._renewed_at = asked_at
+            if not self.held:
+                self.era += 1
+                self.taken.set()
+                self._log.info("turn.taken", key=self.key)
+        elif self.held:
+            self.lose()
+        return self.held
+
+    async def give_up(self) -> None:
+        """Frees the turn for the next; raises RedisFault."""
+        self.taken.clear()
+        await self._scripts.run("turn_give_up", [self.key], [self.token])
+
+    def lose(self) -> None:
+        """Somebody found that the turn is no longer ours."""
+        if self.held:
+            self.taken.clear()
+            self._log.warning("turn.lost", key=self.key)
+
+    def _expire(self) -> None:
+        if self.held and self._clock() - self._renewed_at >= self._ttl:
+            self.lose()
