@@ -1,0 +1,491 @@
+"""The wire contract and nothing else: what an entry may say, and what the ControlPlane is told.
+
+Reading promises a value or `Invalid`, never anything else, whatever bytes arrive (contract section 1).
+Writing promises the bodies of contract section 3: unknown fields are left out, timestamps go on as they came.
+
+Where the contract leaves room:
+- a count is written as an integer: `3` is one, `3.0` and `true` are not;
+- an optional field that is null is absent; of a key that comes twice, only the last one is looked at;
+- a timestamp is RFC 3339 to the letter (`T` or `t`, an offset with its colon, `Z` or `z`); second 60 exists
+  at 23:59 UTC alone; two timestamps are compared to the microsecond;
+- numbers in `metadata` and `final_usage_summary` fit a double, or the ControlPlane could not read them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from typing import Annotated, Any, TypeVar
+from uuid import NAMESPACE_URL, uuid5
+
+import msgspec
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec.structs import replace
+
+from common.streams import MAX_ENTRY_BYTES
+
+MAX_LEVELS = 32
+"""JSON is at most this deep; the outermost object is level one."""
+
+MAX_FAULT_CHARACTERS = 200
+"""A fault is one line of at most this length: it ends up in logs and in the dead-letter view."""
+
+SPEECH_TRANSCRIPTION = "speech_transcription"
+
+ABSENT = Raw(b"null")
+"""JSON that an event does not have; like a null, it is not forwarded."""
+
+Id = Annotated[str, Meta(pattern=r"^(?!\.{1,2}\Z)[A-Za-z0-9._:~-]{1,128}\Z")]
+CustomerId = Annotated[str, Meta(min_length=1, max_length=256)]
+Seconds = Annotated[float, Meta(ge=0, le=10**9)]
+Bytes = Annotated[int, Meta(ge=0, le=2**40)]
+Requests = Annotated[int, Meta(ge=1, le=10**9)]
+
+
+class Invalid(ValueError):
+    """The entry breaks the contract: one line that names the field and never repeats the payload."""
+
+
+class UsageRecord(Struct, frozen=True, gc=False):
+    """What one stretch of a session used."""
+
+    api_session_id: Id
+    customer_id: CustomerId
+    connection_duration_seconds: Seconds
+    data_bytes_processed: Bytes
+    audio_duration_seconds: Seconds
+    request_timestamp: str
+    response_timestamp: str
+    product_code: str = SPEECH_TRANSCRIPTION
+    request_count: Requests = 1
+    transaction_id: Id | None = None
+
+    def figures(self) -> tuple[int, int, int, int]:
+        """The ledger's sums: audio_ms, connection_ms, data_bytes, request_count, as bounded integers."""
+        return (
+            round(self.audio_duration_seconds * 1000),
+            round(self.connection_duration_seconds * 1000),
+            self.data_bytes_processed,
+            self.request_count,
+        )
+
+
+class SessionEvent(Struct, frozen=True, gc=False):
+    """A session began (`start`) or ended (`complete`); its last two fields are JSON, kept as it came."""
+
+    api_session_id: Id
+    customer_id: CustomerId
+    event_type: str
+    timestamp: str
+    transaction_id: Id | None = None
+    disconnect_reason: str | None = None
+    final_usage_summary: Raw = ABSENT
+    metadata: Raw = ABSENT
+
+
+class QuotaRequest(Struct, frozen=True, gc=False):
+    """A session's quota runs low."""
+
+    api_session_id: Id
+    customer_id: CustomerId
+    timestamp: str
+    product_code: str = SPEECH_TRANSCRIPTION
+    transaction_id: Id | None = None
+
+
+class QuotaResponse(Struct, frozen=True, gc=False):
+    """The ControlPlane's grant, with the transaction id of the request it answers."""
+
+    api_session_id: Id
+    new_quota_amount: int | float
+    final_quota: bool | int | float | None
+    transaction_id: Id
+    timestamp: str
+
+
+class Command(Struct, frozen=True):
+    """A remote command as it was polled; nothing in it is believed before its token is verified."""
+
+    command_id: Id
+    command_type: Annotated[str, Meta(min_length=1, max_length=128)]
+    timestamp: str
+    token: Annotated[str, Meta(min_length=1)]
+    parameters: dict[str, Any] | None = None
+
+
+# Reading: bytes -> a value, or Invalid.
+
+
+def usage_record(data: bytes | None) -> UsageRecord:
+    """The usage record that an entry's `data` says. Raises Invalid, nothing else."""
+    record = _decode(_USAGE_RECORD, data)
+    _check_customer(record.customer_id)
+    _check_product(record.product_code)
+    request = _instant("request_timestamp", record.request_timestamp)
+    if _instant("response_timestamp", record.response_timestamp) < request:
+        raise Invalid("response_timestamp: expected request_timestamp or later, got an earlier instant")
+    return record
+
+
+def session_event(data: bytes | None) -> SessionEvent:
+    """The session event that an entry's `data` says, `start` or `complete`. Raises Invalid, nothing else."""
+    event = _decode(_SESSION_EVENT, data)
+    _check_customer(event.customer_id)
+    _instant("timestamp", event.timestamp)
+    _check_numbers("final_usage_summary", event.final_usage_summary)
+    _check_numbers("metadata", event.metadata)
+    event_type = _EVENT_TYPES.get(event.event_type)
+    if event_type is None:
+        raise Invalid("event_type: expected start or complete")
+    return event if event_type == event.event_type else replace(event, event_type=event_type)
+
+
+def quota_request(data: bytes | None) -> QuotaRequest:
+    """The quota request that an entry's `data` says. Raises Invalid, nothing else."""
+    request = _decode(_QUOTA_REQUEST, data)
+    _check_customer(request.customer_id)
+    _check_product(request.product_code)
+    _instant("timestamp", request.timestamp)
+    return request
+
+
+def quota_response(data: bytes | None) -> QuotaResponse:
+    """The grant that an entry's `data` says. Raises Invalid, nothing else."""
+    response = _decode(_QUOTA_RESPONSE, data)
+    _instant("timestamp", response.timestamp)
+    return response
+
+
+def command(data: bytes | None) -> Command:
+    """The command that an entry's `data` says, unverified. Raises Invalid, nothing else."""
+    polled = _decode(_COMMAND, data)
+    if not polled.command_type.isprintable():
+        raise Invalid("command_type: expected printable characters")
+    _instant("timestamp", polled.timestamp)
+    return polled
+
+
+# Ids: who is who, at every redelivery, in every release.
+
+
+def transaction_id(stream: str, entry_id: str | bytes, data: bytes) -> str:
+    """The id of an entry that brought none: the same at every redelivery, another for other content."""
+    entry = entry_id.decode("ascii") if isinstance(entry_id, bytes) else entry_id
+    return str(uuid5(_TRANSACTIONS, f"{stream}\n{entry}\n{sha256(data).hexdigest()}"))
+
+
+def batch_key(transaction_ids: Iterable[str]) -> str:
+    """The key of a batch: one UUIDv5 over the transaction ids of its records, in their order."""
+    return str(uuid5(_BATCHES, "\n".join(transaction_ids)))
+
+
+def correlation_id(raw: bytes | None) -> str | None:
+    """The correlation id if it is well formed, else None: it goes into headers and logs."""
+    return raw.decode("ascii") if raw is not None and _CORRELATION_ID(raw) else None
+
+
+def traceparent(raw: bytes | None) -> str | None:
+    """The trace context if it is well formed (W3C Trace Context, section 3.2), else None."""
+    return raw.decode("ascii") if raw is not None and _TRACEPARENT(raw) else None
+
+
+# Writing: the bodies of contract section 3.
+
+
+def usage_body(
+    record: UsageRecord,
+    transaction_id: str,
+    server_instance_id: str,
+    api_server_region: str,
+    processing_timestamp: str,
+    agent_version: str,
+) -> bytes:
+    """The body of POST …/usage-records for one record."""
+    return _encode(
+        _UsageBody(
+            record.api_session_id,
+            record.customer_id,
+            record.product_code,
+            record.connection_duration_seconds,
+            record.data_bytes_processed,
+            record.audio_duration_seconds,
+            record.request_count,
+            record.request_timestamp,
+            record.response_timestamp,
+            transaction_id,
+            server_instance_id,
+            api_server_region,
+            processing_timestamp,
+            agent_version,
+        )
+    )
+
+
+def usage_batch_body(bodies: Iterable[bytes]) -> bytes:
+    """The body of POST …/usage-records for several records of one session, each from `usage_body`."""
+    return b'{"usage_records":[' + b",".join(bodies) + b"]}"
+
+
+def start_body(
+    event: SessionEvent,
+    transaction_id: str,
+    server_instance_id: str,
+    api_server_region: str,
+    timestamp: str,
+    agent_version: str,
+) -> bytes:
+    """The body of POST …/start; `timestamp` is when it is sent."""
+    return _encode(
+        _StartBody(
+            transaction_id=transaction_id,
+            customer_id=event.customer_id,
+            started_at=event.timestamp,
+            timestamp=timestamp,
+            server_instance_id=server_instance_id,
+            api_server_region=api_server_region,
+            agent_version=agent_version,
+            metadata=_present(event.metadata),
+        )
+    )
+
+
+def complete_body(
+    event: SessionEvent,
+    transaction_id: str,
+    server_instance_id: str,
+    api_server_region: str,
+    timestamp: str,
+    agent_version: str,
+) -> bytes:
+    """The body of POST …/complete; `timestamp` is when it is sent."""
+    return _encode(
+        _CompleteBody(
+            transaction_id=transaction_id,
+            customer_id=event.customer_id,
+            completed_at=event.timestamp,
+            timestamp=timestamp,
+            server_instance_id=server_instance_id,
+            api_server_region=api_server_region,
+            agent_version=agent_version,
+            disconnect_reason=event.disconnect_reason,
+            final_usage_summary=_present(event.final_usage_summary),
+            metadata=_present(event.metadata),
+        )
+    )
+
+
+def refresh_body(
+    request: QuotaRequest,
+    transaction_id: str,
+    server_instance_id: str,
+    api_server_region: str,
+    agent_version: str,
+) -> bytes:
+    """The body of POST …/refresh; its `timestamp` is the request's own, the same at every repetition."""
+    return _encode(
+        _RefreshBody(
+            transaction_id=transaction_id,
+            api_session_id=request.api_session_id,
+            customer_id=request.customer_id,
+            product_code=request.product_code,
+            timestamp=request.timestamp,
+            server_instance_id=server_instance_id,
+            api_server_region=api_server_region,
+            agent_version=agent_version,
+        )
+    )
+
+
+def quota_response_body(response: QuotaResponse) -> bytes:
+    """The `data` of one entry of the quota response stream."""
+    return _encode(response)
+
+
+def _present(value: Raw) -> Raw | UnsetType:
+    return UNSET if value == ABSENT else value
+
+
+class _UsageBody(Struct, frozen=True, gc=False):
+    api_session_id: str
+    customer_id: str
+    product_code: str
+    connection_duration_seconds: float
+    data_bytes_processed: int
+    audio_duration_seconds: float
+    request_count: int
+    request_timestamp: str
+    response_timestamp: str
+    transaction_id: str
+    server_instance_id: str
+    api_server_region: str
+    processing_timestamp: str
+    agent_version: str
+
+
+class _StartBody(
+    Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True, tag_field="event_type", tag="start"
+):
+    transaction_id: str
+    customer_id: str
+    started_at: str
+    timestamp: str
+    metadata: Raw | UnsetType = UNSET
+    server_instance_id: str
+    api_server_region: str
+    agent_version: str
+
+
+class _CompleteBody(
+    Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True, tag_field="event_type", tag="complete"
+):
+    transaction_id: str
+    customer_id: str
+    completed_at: str
+    timestamp: str
+    disconnect_reason: str | None = None
+    final_usage_summary: Raw | UnsetType = UNSET
+    metadata: Raw | UnsetType = UNSET
+    server_instance_id: str
+    api_server_region: str
+    agent_version: str
+
+
+class _RefreshBody(Struct, frozen=True, gc=False):
+    transaction_id: str
+    api_session_id: str
+    customer_id: str
+    product_code: str
+    timestamp: str
+    server_instance_id: str
+    api_server_region: str
+    agent_version: str
+
+
+_Message = TypeVar("_Message", bound=Struct)
+
+_USAGE_RECORD = msgspec.json.Decoder(UsageRecord)
+_SESSION_EVENT = msgspec.json.Decoder(SessionEvent)
+_QUOTA_REQUEST = msgspec.json.Decoder(QuotaRequest)
+_QUOTA_RESPONSE = msgspec.json.Decoder(QuotaResponse)
+_COMMAND = msgspec.json.Decoder(Command)
+_MEMBERS = msgspec.json.Decoder(dict[str, Raw])
+_ANY = msgspec.json.Decoder()
+_encode = msgspec.json.Encoder().encode
+
+_EVENT_TYPES = {
+    "start": "start",
+    "session_started": "start",
+    "complete": "complete",
+    "session_completed": "complete",
+}
+
+_TRANSACTIONS = uuid5(NAMESPACE_URL, "dataplane-agent/transaction")
+_BATCHES = uuid5(NAMESPACE_URL, "dataplane-agent/batch")
+
+_CORRELATION_ID = re.compile(rb"[A-Za-z0-9._:~-]{1,128}").fullmatch
+_PARENT = rb"-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+_TRACEPARENT = re.compile(
+    # Version ff is forbidden; versions after 00 may append fields that nobody here needs to understand.
+    rb"00" + _PARENT + rb"|(?!00|ff)[0-9a-f]{2}" + _PARENT + rb"(?:-[!-~]{1,200})?"
+).fullmatch
+_RFC_3339 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?"
+    r"(?:[Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+).fullmatch
+_SECOND = slice(17, 19)
+_ONE_SECOND = timedelta(seconds=1)
+
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+_WHERE = re.compile(r"(?P<what>.*) - at `\$\.?(?P<field>[^`]*)`", re.DOTALL).fullmatch
+_MISSING = re.compile(r"Object missing required field `([^`]*)`.*", re.DOTALL).fullmatch
+
+
+def _decode(decoder: msgspec.json.Decoder[_Message], data: bytes | None) -> _Message:
+    """The message that `data` says, its fields within their limits. Raises Invalid, nothing else."""
+    if data is None:
+        raise Invalid("data: missing from the entry")
+    if len(data) > MAX_ENTRY_BYTES:
+        raise Invalid(f"data: expected at most {MAX_ENTRY_BYTES} bytes, got {len(data)}")
+    try:
+        if not data.isascii():
+            data.decode()  # msgspec does not look into what it skips
+        try:
+            message = decoder.decode(data)
+        except msgspec.ValidationError:
+            message = decoder.decode(_last_members(data))
+    except UnicodeDecodeError:
+        raise Invalid("data: expected UTF-8") from None
+    except RecursionError:
+        raise Invalid(_TOO_DEEP) from None
+    except msgspec.MsgspecError as error:
+        raise Invalid(_fault(error)) from None
+    if data.count(b"[") + data.count(b"{") > MAX_LEVELS and _deeper_than(MAX_LEVELS, data):
+        raise Invalid(_TOO_DEEP)
+    return message
+
+
+_TOO_DEEP = f"data: expected at most {MAX_LEVELS} levels of nesting"
+
+
+def _last_members(data: bytes) -> bytes:
+    """The same object with the last of duplicate keys alone and without nulls: a null field is absent."""
+    return _encode({key: value for key, value in _MEMBERS.decode(data).items() if bytes(value) != b"null"})
+
+
+def _deeper_than(levels: int, data: bytes) -> bool:
+    """Whether well-formed JSON is nested deeper than `levels`; every pass takes the innermost level off."""
+    brackets = _STRINGS.sub(b"", data).translate(_BRACKETS, _NO_BRACKETS)
+    for _ in range(levels):
+        brackets = brackets.replace(b"[]", b"")
+    return bool(brackets)
+
+
+def _fault(error: msgspec.MsgspecError) -> str:
+    """msgspec's complaint as `field: what`, without any of the payload (this library gives only text)."""
+    text = str(error)
+    if not isinstance(error, msgspec.ValidationError):
+        return f"data: expected JSON: {text}"[:MAX_FAULT_CHARACTERS]
+    if missing := _MISSING(text):
+        return f"{missing[1]}: missing"
+    where = _WHERE(text)
+    field, what = (where["field"] or "data", where["what"]) if where else ("data", text)
+    if "matching regex" in what:
+        what = "expected 1 to 128 of A-Z a-z 0-9 . _ : ~ - (and not . or ..)"
+    return f"{field}: {what[:1].lower()}{what[1:]}".replace("`", "")[:MAX_FAULT_CHARACTERS]
+
+
+def _check_customer(customer_id: str) -> None:
+    if not customer_id.isprintable():
+        raise Invalid("customer_id: expected printable characters")
+
+
+def _check_product(product_code: str) -> None:
+    if product_code != SPEECH_TRANSCRIPTION:
+        raise Invalid(f"product_code: expected {SPEECH_TRANSCRIPTION}")
+
+
+def _check_numbers(field: str, value: Raw) -> None:
+    """What is forwarded as it came must be readable by whoever gets it: 1e400 is no number for a double."""
+    try:
+        _ANY.decode(value)
+    except msgspec.MsgspecError:
+        raise Invalid(f"{field}: expected numbers that a double can hold") from None
+
+
+def _instant(field: str, text: str) -> datetime:
+    """The instant that an RFC 3339 timestamp names."""
+    if _RFC_3339(text) is None:
+        raise Invalid(f"{field}: expected an RFC 3339 timestamp with an offset")
+    leap = text[_SECOND] == "60"
+    try:
+        instant = datetime.fromisoformat((f"{text[:17]}59{text[19:]}" if leap else text).upper())
+        if leap and instant.astimezone(UTC).strftime("%H:%M") != "23:59":
+            raise ValueError
+        return instant + _ONE_SECOND if leap else instant
+    except (ValueError, OverflowError):
+        raise Invalid(f"{field}: expected a date and time that exist") from None
