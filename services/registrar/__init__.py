@@ -1,0 +1,1 @@
+"""The registrar: speaks with the ControlPlane for the whole server, and carries out its commands."""

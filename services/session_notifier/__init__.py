@@ -1,0 +1,1 @@
+"""Tells the ControlPlane of session starts and completes, in order per session."""

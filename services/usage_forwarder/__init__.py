@@ -1,0 +1,1 @@
+"""Carries usage records to the ControlPlane: validated, enriched, delivered."""

@@ -1,0 +1,99 @@
+"""Usage records: one POST a record, or one per session and batch, split when refused so that only the guilty dies."""
+
+from __future__ import annotations
+
+from common import schemas
+from common.control_plane.client import EntryCall
+from common.control_plane.verdicts import Split
+from common.entries import Entry
+from common.figures import StreamFigures
+from common.outcomes import Outcome
+from common.service import Running
+
+MAX_BATCH_BYTES = 1024 * 1024
+"""A request body is at most this long (contract section 3)."""
+
+RECENT = 0.02
+"""Weight of the newest record in the means behind the undelivered estimate: about the last fifty count."""
+
+CREDIT_SECONDS = 360
+"""One credit a started 360 s of audio or connection, whichever is longer; the ControlPlane computes the real ones."""
+
+
+class UsageForwarder:
+    """Delivers usage records; keeps no order, since each is complete in itself."""
+
+    ordered = False
+
+    def __init__(self, running: Running) -> None:
+        self.batch = running.config.control_plane.usage_batch_size
+        self._stream = running.config.streams.usage_records
+        self._client = running.client
+        self._metrics = running.metrics
+        self._sender = running.sender
+        self._timestamp = running.timestamp
+        self._mean_audio = 0.0
+        self._mean_credits = 0.0
+
+    def decode(self, entry: Entry) -> str:
+        data = entry.data
+        assert not isinstance(data, int)
+        record = schemas.usage_record(data)
+        assert data is not None
+        entry.message = record
+        entry.transaction_id = record.transaction_id or schemas.transaction_id(self._stream, entry.id, data)
+        entry.figures = record.figures()
+        audio, connection = record.audio_duration_seconds, record.connection_duration_seconds
+        self._mean_audio += RECENT * (audio - self._mean_audio)
+        self._mean_credits += RECENT * (-(-max(audio, connection) // CREDIT_SECONDS) - self._mean_credits)
+        return record.api_session_id
+
+    async def deliver(self, entries: list[Entry]) -> list[Outcome]:
+        if len(entries) == 1:
+            return [await self._deliver_one(entries[0])]
+        return await self._deliver_batch(entries)
+
+    async def _deliver_one(self, entry: Entry) -> Outcome:
+        call = EntryCall(
+            entry.transaction_id, entry.correlation_id, entry.traceparent, refused_before=entry.refused_before
+        )
+        return await self._client.usage_record(entry.lane, self._body(entry), call)
+
+    async def _deliver_batch(self, entries: list[Entry]) -> list[Outcome]:
+        """One request for all; in halves when it is refused or too long, one by one when it repeats something."""
+        if len(entries) == 1:
+            return [await self._deliver_one(entries[0])]
+        body = schemas.usage_batch_body([self._body(entry) for entry in entries])
+        answer: Outcome | Split = Split(one_by_one=False)
+        if len(body) <= MAX_BATCH_BYTES:
+            key = schemas.batch_key([entry.transaction_id for entry in entries])
+            refused_before = any(entry.refused_before for entry in entries)
+            call = EntryCall(key, key, None, refused_before=refused_before)
+            answer = await self._client.usage_batch(entries[0].lane, body, call)
+        match answer:
+            case Split(one_by_one=True):
+                return [await self._deliver_one(entry) for entry in entries]
+            case Split():
+                middle = len(entries) // 2
+                return [
+                    *await self._deliver_batch(entries[:middle]),
+                    *await self._deliver_batch(entries[middle:]),
+                ]
+            case outcome:
+                return [outcome] * len(entries)
+
+    def _body(self, entry: Entry) -> bytes:
+        sender = self._sender
+        return schemas.usage_body(
+            entry.message,
+            entry.transaction_id,
+            sender.server_instance_id,
+            sender.api_server_region,
+            self._timestamp(),
+            sender.agent_version,
+        )
+
+    def estimate(self, figures: StreamFigures) -> None:
+        """Tells the metrics what the undelivered records are probably worth."""
+        undelivered = figures.backlog + figures.pending
+        self._metrics.undelivered(undelivered * self._mean_audio, undelivered * self._mean_credits)
