@@ -532,7 +532,7 @@ class _Found:
         values: dict[str, Any] = {}
         for key, given in self.given.items():
             try:
-                value, named = self._filled(key, given)
+                value, named = self._filled(given)
                 parsed = _KINDS[key].parse(value)
             except Refused as error:
                 self.fault(key, _KINDS[key].expected, error.got)
@@ -542,7 +542,7 @@ class _Found:
                 continue
             values[key] = Secret(parsed, given.file) if _KINDS[key].secret else parsed
             if given.origin == "default" and named:
-                self.given[key] = _Given(given.value, f"environment {named}")
+                self.given[key] = msgspec.structs.replace(given, origin=f"environment {named}")
         asked = values.get("control_plane.retry_attempts", 0)
         if asked > MAX_QUICK_RETRIES:
             values["control_plane.retry_attempts"] = MAX_QUICK_RETRIES
@@ -552,12 +552,10 @@ class _Found:
         config = self._config(values)
         self._check(config, {fault.key for fault in self.faults})
         if self.faults:
-            raise ConfigError(
-                [Fault(fault.key, fault.expected, self._masked(fault.got)) for fault in self.faults]
-            )
+            raise ConfigError([self._printable(fault) for fault in self.faults])
         return msgspec.structs.replace(config, warnings=tuple(self.warnings))
 
-    def _filled(self, key: str, given: _Given) -> tuple[Any, str | None]:
+    def _filled(self, given: _Given) -> tuple[Any, str | None]:
         """The value with `${VAR}` filled in, and the last variable that was."""
         if not given.template:
             return given.value, None
@@ -565,17 +563,17 @@ class _Found:
             return [_fill(item, self.environ)[0] for item in given.value], None
         return _fill(given.value, self.environ)
 
-    def _masked(self, text: str) -> str:
-        """A secret that was put where none belongs is not shown there either."""
+    def _printable(self, fault: Fault) -> Fault:
+        """The fault without any secret, even one that was put where none belongs."""
+        got = fault.got
         for key, given in self.given.items():
-            if _KINDS[key].secret:
-                try:
-                    secret = self._filled(key, given)[0]
-                except _Unfilled:
-                    continue
-                if isinstance(secret, str) and secret:
-                    text = text.replace(secret, MASK)
-        return text
+            try:
+                secret = self._filled(given)[0] if _KINDS[key].secret else ""
+            except _Unfilled:
+                continue
+            if isinstance(secret, str) and secret:
+                got = got.replace(secret, MASK).replace(repr(secret)[1:-1], MASK)
+        return Fault(fault.key, fault.expected, got if len(got) <= 120 else f"{got[:120]}…")
 
     def _config(self, values: dict[str, Any]) -> Config:
         def build(section: type[_S], prefix: str) -> _S:

@@ -31,6 +31,7 @@ READ_BYTES = 4096
 
 PART_SECONDS = 1.0
 PART_READS = 64
+"""How long, and how many reads, a peer has to notice our end of a connection before it is dropped."""
 
 JSON = "application/json"
 
@@ -202,12 +203,12 @@ class _Peer:
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES)
         self._head_only = False
         self._address = _address(writer.get_extra_info("peername"))
-        writer.transport.set_write_buffer_limits(
-            0
-        )  # drain = the kernel has it all: no unread answer stays here
+        # Drained then means that the kernel has it all: no unread answer stays in memory.
+        writer.transport.set_write_buffer_limits(0)
 
     async def wake(self) -> None:
         """Return when the next request begins, or the connection ends."""
+        await asyncio.sleep(0)  # a peer that sends requests without a pause waits its turn like everyone else
         if not self._http.trailing_data[0]:
             await self._receive()
 

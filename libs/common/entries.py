@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Self
+
+from common import schemas
+
+Row = list[Any]
+"""An entry as scripts return it: id, data, correlation id, traceparent, and the delivery count where it is not new."""
 
 FIRST_READ = 1
 SUSPECT = 3
@@ -65,6 +70,19 @@ class Entry:
         self.in_flight = False  # a request is out for it
         self.ended = False  # it has its verdict, and waits for the settlement
         self.parked = False
+
+    @classmethod
+    def of(cls, row: Row, now: float) -> Self:
+        """The entry a script returned, leased from `now`; header fields that are not well formed are dropped."""
+        entry_id, data, correlation_id, traceparent = row[:4]
+        return cls(
+            entry_id,
+            data,
+            schemas.correlation_id(correlation_id) or "",
+            schemas.traceparent(traceparent),
+            row[4] if len(row) > 4 else FIRST_READ,
+            now,
+        )
 
     @property
     def suspect(self) -> bool:

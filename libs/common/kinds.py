@@ -32,14 +32,13 @@ class Kind(Struct, frozen=True):
 
 
 def show(value: Any) -> str:
-    """The value as a fault may print it."""
+    """The value as a fault names it; whoever prints it masks and shortens it first."""
     if value is None or value == "":
         return "nothing"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (str, int, float)):
-        shown = repr(value)
-        return shown if len(shown) <= 60 else f"{shown[:60]}…"
+        return repr(value)
     if isinstance(value, dict):
         return "a mapping"
     return f"a {type(value).__name__}"

@@ -56,8 +56,10 @@ class Lease:
         gone = await self._settlement.renew(entries)
         for entry in entries:
             entry.leased_at = now
-        if gone:
-            self._lost(gone)
+        # What was settled while the call was under way is gone, and well so.
+        lost = [entry for entry in gone if self._hand.holds(entry) and not entry.ended]
+        if lost:
+            self._lost(lost)
 
     def _due(self) -> list[Entry]:
         oldest = self._clock() - self._every / 2

@@ -255,7 +255,7 @@ def _about(error: BaseException) -> dict[str, Any]:
 
 
 def _frames(traceback: TracebackType | None) -> list[str]:
-    """The frames, the innermost last: `file:line function`, without the source, which would stay in memory."""
+    """The frames, innermost last: `file:line function`, without the source, which would stay in memory."""
     outer: list[str] = []
     inner: deque[str] = deque(maxlen=_INNER_FRAMES)
     left_out = 0
@@ -366,6 +366,7 @@ class _Sink:
         self.flush(1.0)
         with self._changed:
             self._stream = stream
+            self._torn = False
             try:
                 self._descriptor = stream.fileno()
                 self._can_stall = not stat.S_ISREG(os.fstat(self._descriptor).st_mode)
@@ -376,7 +377,7 @@ class _Sink:
     def write(self, line: bytes) -> None:
         with self._changed:
             if not self._can_stall:
-                self._put(line)
+                self._say_dropped(self._put(line))
             elif self._waiting_bytes + len(line) > MAX_WAITING_BYTES:
                 self._drop(1)
             else:
@@ -409,12 +410,18 @@ class _Sink:
     def _put_waiting(self) -> None:
         with self._changed:
             lines, self._waiting = self._waiting, []
-        self._put(b"".join(lines))
+        it_flows = self._put(b"".join(lines))
         with self._changed:
             self._waiting_bytes -= sum(map(len, lines))
+            self._say_dropped(it_flows)
             self._changed.notify_all()
 
-    def _put(self, content: bytes) -> None:
+    def _say_dropped(self, it_flows: bool) -> None:
+        if it_flows and self._unsaid:
+            unsaid, self._unsaid = self._unsaid, 0
+            get("logs").error("logs.lines_dropped", lines=unsaid)
+
+    def _put(self, content: bytes) -> bool:
         left = b"\n" + content if self._torn else content
         try:
             if self._descriptor is None:
@@ -422,15 +429,13 @@ class _Sink:
                 stream.write(content.decode())
                 stream.flush()
                 left = b""
-            # Past the stream's own buffer: what it could not write it would try again at exit, and fail there.
+            # Past the stream's own buffer, which would try again at exit what it could not write.
             while left:
                 left = left[self._write_some(left) :]
         except (OSError, ValueError, AttributeError):  # full, gone, closed; there is no stream at all
-            self._drop(left.count(b"\n"))
-            return
-        if self._unsaid:
-            unsaid, self._unsaid = self._unsaid, 0
-            get("logs").error("logs.lines_dropped", lines=unsaid)
+            self._drop(min(left.count(b"\n"), content.count(b"\n")))
+            return False
+        return True
 
     def _write_some(self, content: bytes) -> int:
         assert self._descriptor is not None

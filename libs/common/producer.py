@@ -173,9 +173,9 @@ class Producer:
         try:
             with border():
                 synced = await self._knows_waitaof()
-                # A connection that cannot be made has lost no reply: nothing was sent.
-                pool: Any = self._redis.connection_pool
-                await pool.release(await pool.get_connection())
+                # Away already: then no XADD is sent, and no reply of one can be lost.
+                redis: Any = self._redis
+                await redis.ping()
         except RedisFault as problem:
             return problem
         try:

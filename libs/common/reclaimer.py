@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 
-from common.entries import Hand
+from common.entries import Hand, Row
 from common.logs import get
 from common.redis_border import RedisFault, Scripts, border
 from common.settlement import Settlement, TurnLost
@@ -30,8 +30,6 @@ DEAD_CONSUMER_AFTER = 600.0
 """Seconds of silence after which a consumer's name may go; far above any BLOCK and any lease."""
 
 START = b"0-0"
-
-Row = list[Any]
 
 
 class Swept(msgspec.Struct, frozen=True):

@@ -29,6 +29,8 @@ from common.streams import MAX_ENTRY_BYTES
 MAX_LEVELS = 32
 """JSON is at most this deep; the outermost object is level one."""
 
+TOO_DEEP = f"data: expected at most {MAX_LEVELS} levels of nesting"
+
 MAX_FAULT_CHARACTERS = 200
 """A fault is one line of at most this length: it ends up in logs and in the dead-letter view."""
 
@@ -421,15 +423,12 @@ def _decode(decoder: msgspec.json.Decoder[_Message], data: bytes | None) -> _Mes
     except UnicodeDecodeError:
         raise Invalid("data: expected UTF-8") from None
     except RecursionError:
-        raise Invalid(_TOO_DEEP) from None
+        raise Invalid(TOO_DEEP) from None
     except msgspec.MsgspecError as error:
         raise Invalid(_fault(error)) from None
     if data.count(b"[") + data.count(b"{") > MAX_LEVELS and _deeper_than(MAX_LEVELS, data):
-        raise Invalid(_TOO_DEEP)
+        raise Invalid(TOO_DEEP)
     return message
-
-
-_TOO_DEEP = f"data: expected at most {MAX_LEVELS} levels of nesting"
 
 
 def _last_members(data: bytes) -> bytes:

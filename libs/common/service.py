@@ -25,10 +25,11 @@ from redis.asyncio import Redis
 
 from common import figures, logs, presence, redis_border
 from common.config import Config, ConfigError, load
-from common.consumer import Consumer, Handler, Limits
+from common.consumer import Consumer
 from common.control_plane import client
 from common.control_plane.client import ControlPlaneClient
 from common.control_plane.errors import ControlPlaneError
+from common.delivery import Handler, Limits
 from common.endpoints import Access, PortTaken, Server
 from common.figures import StreamFigures
 from common.health import State, health_routes, metrics_routes, port_of
@@ -205,7 +206,7 @@ async def _live(name: str, build: Build, config: Config) -> int:
         ]
         await running.stopping.wait()
         await _stop(running, service, consumer, observer, loop)
-        for task in tasks:
+        for task in (loop, *tasks):
             task.cancel()
     for server in servers:
         await server.close()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -29,6 +29,9 @@ LINGER = 0.003
 GRANT_KEPT_MS = 3_600_000
 
 _NO_FIGURES = (0, 0, 0, 0)
+
+
+_Ended = TypeVar("_Ended", bound=tuple[Entry, object])
 
 
 class DeadDocument(msgspec.Struct, frozen=True):
@@ -89,6 +92,7 @@ class Settlement:
         self._burying: list[tuple[Entry, Dead]] = []
         self._work = asyncio.Event()
         self._full = asyncio.Event()
+        self._flushing = asyncio.Lock()
         self._log = get("settlement")
 
     # -- what the loop says --------------------------------------------------------------------------
@@ -130,18 +134,24 @@ class Settlement:
                 self._turn_lost()
 
     async def flush(self) -> None:
-        """Ends all that is waiting; raises RedisFault or TurnLost, and then keeps what was not ended."""
-        while self._settling:
-            batch = self._settling[:BATCH]
-            settle = self._settle if self._response_stream is None else self._answer
-            await settle(batch)
-            del self._settling[: len(batch)]
-            self._left(entry for entry, _ in batch)
-        while self._burying:
-            deaths = self._burying[:BATCH]
-            await self._bury(deaths)
-            del self._burying[: len(deaths)]
-            self._left(entry for entry, _ in deaths)
+        """Ends all that is waiting; raises RedisFault, and then keeps what was not ended, or TurnLost."""
+        async with self._flushing:
+            while self._settling:
+                await self._take(
+                    self._settling, self._settle if self._response_stream is None else self._answer
+                )
+            while self._burying:
+                await self._take(self._burying, self._bury)
+
+    async def _take(self, queue: list[_Ended], end: Callable[[list[_Ended]], Awaitable[None]]) -> None:
+        batch = queue[:BATCH]
+        del queue[:BATCH]
+        try:
+            await end(batch)
+        except (RedisFault, asyncio.CancelledError):
+            queue[:0] = batch
+            raise
+        self._left(entry for entry, _ in batch)
 
     def forget(self) -> None:
         """Drops what waits: after a lost turn the successor delivers it again, in order."""

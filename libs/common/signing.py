@@ -89,6 +89,7 @@ class KeySet:
     def __init__(self, fetch: Callable[[], Awaitable[dict[str, Any]]], *, clock: Callable[[], float]) -> None:
         self._fetch, self._clock = fetch, clock
         self._keys: dict[tuple[str, str], Jwk] = {}  # by kid and algorithm: a kid may name one key of each
+        self._named: set[str] = set()  # every kid of the document, also of keys that are no use
         self._fetched_at = -math.inf
         self._next_refetch = -math.inf
         self._flight: asyncio.Task[Exception | None] | None = None
@@ -125,11 +126,13 @@ class KeySet:
         return claims
 
     async def _key(self, kid: str, algorithm: str) -> Jwk:
-        if not self.trusted or kid not in self.kids:
+        if not self.trusted or kid not in self._named:
             await self._refetch()
         if key := self._keys.get((kid, algorithm)):
             return key
-        raise Refused("alg is not the key's" if kid in self.kids else "kid is unknown")
+        if kid in self.kids:
+            raise Refused("alg is not the key's")
+        raise Refused("the key is no use for commands" if kid in self._named else "kid is unknown")
 
     async def _refetch(self) -> None:
         now = self._clock()
@@ -145,9 +148,11 @@ class KeySet:
     async def _load(self) -> Exception | None:
         asked_at = self._clock()
         try:
-            self._keys = usable(await self._fetch())
+            document = await self._fetch()
+            self._keys = usable(document)
         except Exception as error:
             return error  # as a value: a task whose waiters are all gone must not complain
+        self._named = {str(key["kid"]) for key in document["keys"] if isinstance(key, dict) and "kid" in key}
         self._fetched_at = asked_at
         return None
 

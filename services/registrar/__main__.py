@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from common import service, streams
-from common.redis_border import Scripts
 from common.service import Running, Service
 from common.streams import Stream
 from common.turn import Turn
@@ -21,8 +20,7 @@ from registrar.shutdown import Farewell
 
 def build(running: Running) -> Service:
     """Everything a registrar does beside its stream belongs to the one that has the turn."""
-    config, scripts = running.config, Scripts(running.redis)
-    server_id, names = config.server.id, config.streams
+    server_id, names, scripts = running.config.server.id, running.config.streams, running.scripts
     commands = Stream(names.commands, "registrar")
     all_four = [
         Stream(names.usage_records, "usage_forwarder"),
@@ -34,7 +32,7 @@ def build(running: Running) -> Service:
     turn = Turn(
         scripts,
         streams.registrar_turn_key(server_id),
-        running.consumer,
+        running.consumer_name,
         names.visibility_timeout,
         clock=running.clock,
     )
@@ -45,20 +43,21 @@ def build(running: Running) -> Service:
     heartbeat = Heartbeat(running, turn, registration, overview)
     poll = CommandPoll(running, turn, memory)
     runs = carrying_out.runs(public_keys.keys, overview, scripts, all_four)
+    farewell = Farewell(running, turn, registration)
 
     return Service(
         stream=commands,
         handler=CommandHandler(running, public_keys.keys, memory, runs),
         children={
-            "turn": lambda: turn.run(running.redis_state.failed, running.redis_state.answered),
+            "registrar_turn": farewell.keep_turn,
             "overview": lambda: overview.run(running),
             "registration": registration.run,
             "heartbeat": heartbeat.run,
             "public_keys": lambda: public_keys.run(turn, heartbeat),
             "command_poll": lambda: poll.run(registration, heartbeat),
         },
-        services=overview.services,
-        last_words=Farewell(running, turn, registration).say,
+        last_words=farewell.say,
+        services_status=overview.services,
     )
 
 

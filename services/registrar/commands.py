@@ -1,6 +1,6 @@
 """Commands: polled from the ControlPlane, kept in a stream, carried out at most once, reported.
 
-    poll ──XADD──▶ queue:commands ──▶ known already? ──▶ token believed? ──▶ run ──▶ result stored ──▶ reported
+    poll ──XADD──▶ queue:commands ──▶ known already? ──▶ token believed? ──▶ run ──▶ stored ──▶ reported
                                           │                   │ no           │ failed
                                           ▼                   ▼              ▼
                                      reported, if it     refused: audit   again, 3 times, while
@@ -17,7 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from hashlib import sha256
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -45,7 +45,7 @@ JITTER = 0.1
 """Of the poll's interval, more or less: a fleet that was started at once does not ask at once for ever."""
 
 MAX_QUEUED = 1000
-"""Entries looked through for a command that is there already; beyond, it may come twice and is found out later."""
+"""Entries looked through for a command that is there already; one beyond them is found out by its memory."""
 
 _FIELDS = ("command_id", "command_type", "parameters", "timestamp", "token")
 _ROOM = MAX_ENTRY_BYTES - 1024  # for the entry's other fields
@@ -133,7 +133,9 @@ class CommandPoll:
     async def _queue(self, found: Mapping[bytes, str]) -> int:
         redis, queued = self._running.redis, 0
         with border():
-            rows = await redis.xrange(self._stream, count=MAX_QUEUED)
+            rows = cast(
+                "list[tuple[bytes, dict[bytes, bytes]]]", await redis.xrange(self._stream, count=MAX_QUEUED)
+            )
         # In this order: what leaves the stream between the two questions has been remembered before.
         there = {fields.get(b"data") for _, fields in rows}
         for data, command_id in found.items():

@@ -34,7 +34,7 @@ class Heartbeat:
         running, ready = self._running, (self._turn.taken, self._registration.done)
         interval = running.config.monitoring.heartbeat_interval
         await until(running.stopping, self._registration.done)
-        await self._all_started(min(2 * WRITE_EVERY, interval))
+        await self._all_well(min(2 * WRITE_EVERY, interval))
         await every(lambda: interval, self.beat, stopping=running.stopping, clock=running.clock, when=ready)
 
     async def beat(self) -> None:
@@ -60,15 +60,15 @@ class Heartbeat:
 
     async def first(self) -> None:
         """Returns when another periodic call may go: at once, or after the next beat has probed."""
-        if self._running.client.gate.breaker.state != "closed":
+        if self._running.gate.breaker.state != "closed":
             interval = self._running.config.monitoring.heartbeat_interval
             await until(self._running.stopping, self._tried, seconds=interval)
 
-    async def _all_started(self, seconds: float) -> None:
-        """Gives services that start together the time to say so: a first heartbeat should be true, too."""
+    async def _all_well(self, seconds: float) -> None:
+        """Gives services that start together the time to say so: the first heartbeat is to be true, too."""
         until_at = self._running.clock() + seconds
         while not self._running.stopping.is_set() and self._running.clock() < until_at:
             await self._overview.look()
-            if self._overview.complete:
+            if self._overview.well:
                 return
             await until(self._running.stopping, seconds=LOOK_EVERY)

@@ -2,11 +2,11 @@
 
     dataplane:<server>:command:<id>            the command itself, once its token was believed
                                                running ──▶ failed ──▶ running … ──▶ ended, then reported
-    dataplane:<server>:command:<id>/<digest>   one that was refused: an order of its own, whatever its id says,
-                                               so that a forgery does not stand in the way of the genuine one
+    dataplane:<server>:command:<id>/<digest>   one that was refused, whatever its id says: so a forgery does
+                                               not stand in the way of the genuine one
 
-A record is replaced by a script that checks that it is still the one that was read: two processes with the same
-command cannot both begin, and a process that was paused for long cannot end what another has begun anew.
+A record is replaced by a script that checks that it is still the one that was read: two processes with the
+same command cannot both begin, and one that was paused for long cannot end what another has begun anew.
 """
 
 from __future__ import annotations

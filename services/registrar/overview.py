@@ -1,8 +1,8 @@
 """What the four services say of themselves, put together: for the heartbeat, for /health, for two commands.
 
 Every process describes itself in the presence hash; here the hash is read every few seconds and added up.
-Counters do not go backwards when a service restarts: what a process had counted when it was last heard of stays
-in the sum. They begin anew with the registrar itself, as it then registers anew, too.
+Counters do not go backwards when a service restarts: what a process had counted when it was last heard of
+stays in the sum. They begin anew with the registrar itself, as it then registers anew, too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from common.presence import STALE_AFTER, WRITE_EVERY, Counters, Presence
 from common.redis_border import RedisFault
 from common.service import Running
 from registrar.periodic import every
+
+MAX_PROCESSES = 1000
+"""Processes whose counters are told apart; of those heard of longest ago, only the sum is kept."""
 
 _WORSE = (HEALTHY, DEGRADED, UNHEALTHY, MISSING)
 
@@ -60,28 +63,28 @@ class Sums:
     """Adds up the counters of all processes, also of those that have gone."""
 
     def __init__(self) -> None:
-        self._last: dict[str, Counters] = {}
-        self._gone = Counters()
+        self._counted: dict[str, Counters] = {}  # by process, the last one heard of at the end
+        self._forgotten = Counters()
 
     def observe(self, presences: Iterable[Presence]) -> None:
-        """Take note of what is heard of now. A process has a field of its own, so its counters only grow."""
-        now = {one.field: one.counters for one in presences}
-        for field in self._last.keys() - now.keys():
-            self._gone = _add(self._gone, self._last[field])
-        self._last = now
+        """Takes note of what is heard of now. A process that was silent for a while goes on where it was."""
+        for one in presences:
+            self._counted.pop(one.field, None)
+            self._counted[one.field] = one.counters
+        while len(self._counted) > MAX_PROCESSES:
+            self._forgotten = _add(self._forgotten, self._counted.pop(next(iter(self._counted))))
 
     @property
     def total(self) -> Counters:
-        total = self._gone
-        for counters in self._last.values():
+        total = self._forgotten
+        for counters in self._counted.values():
             total = _add(total, counters)
         return total
 
 
 def _add(one: Counters, other: Counters) -> Counters:
-    return Counters(
-        *(a + b for a, b in zip(msgspec.structs.astuple(one), msgspec.structs.astuple(other), strict=True))
-    )
+    both = zip(msgspec.structs.astuple(one), msgspec.structs.astuple(other), strict=True)
+    return Counters(*(a + b for a, b in both))
 
 
 class Overview:
@@ -97,12 +100,15 @@ class Overview:
         await every(lambda: WRITE_EVERY, self.look, stopping=running.stopping, clock=running.clock)
 
     async def look(self) -> None:
-        """Read the presence hash; while Redis is away, what was heard before goes stale by itself."""
+        """Reads the presence hash; while Redis is away, what was heard before goes stale by itself."""
         try:
-            self._presences = await presence.read(self._redis, self._server_id, self._now())
+            self.heard(await presence.read(self._redis, self._server_id, self._now()))
         except RedisFault:
             return
-        self._sums.observe(self._presences)
+
+    def heard(self, presences: Sequence[Presence]) -> None:
+        self._presences = presences
+        self._sums.observe(presences)
 
     @property
     def presences(self) -> list[Presence]:
@@ -114,9 +120,9 @@ class Overview:
         return services_status(self.presences)
 
     @property
-    def complete(self) -> bool:
-        """Whether all four have been heard of."""
-        return MISSING not in self.services().values()
+    def well(self) -> bool:
+        """Whether all four are there and healthy."""
+        return overall(self.services().values()) == HEALTHY
 
     def figures(self) -> Figures:
         present, total = self.presences, self._sums.total
@@ -132,5 +138,7 @@ class Overview:
 
     def heartbeat(self) -> dict[str, Any]:
         """The body of a heartbeat: `online` when all four are there and well, else `degraded`."""
-        well = overall(self.services().values()) == HEALTHY
-        return {"status": "online" if well else "degraded", "metrics": msgspec.to_builtins(self.figures())}
+        return {
+            "status": "online" if self.well else "degraded",
+            "metrics": msgspec.to_builtins(self.figures()),
+        }

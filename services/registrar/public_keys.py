@@ -1,6 +1,7 @@
-"""The ControlPlane's key set: fetched at start-up and every five minutes, kept in Redis for the AudioAPIServer.
+"""The ControlPlane's key set: fetched at start-up and every five minutes, kept in Redis for others.
 
-What is in Redis is for others to read. It is never read back: who can write to Redis could sign commands.
+What is in Redis is for the AudioAPIServer to read.
+It is never read back, or who can write to Redis could sign commands.
 It goes when it is as old as a key set may get.
 """
 

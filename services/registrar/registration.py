@@ -86,7 +86,7 @@ class Registration:
             self._outage.ended()
             self.needed.clear()
             self.confirmed()
-            _log.info("registration.done", server_id=self._running.config.server.id)
+            _log.info("registration.done")
             return
 
     async def _body(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def body(server: config.Server, ip_address: str, version: str) -> dict[str, Any]
 
 
 async def route_to(url: str) -> str:
-    """The local address from which packets to the ControlPlane leave; nothing is sent. Raises OSError or ValueError."""
+    """The local address from which packets to the ControlPlane leave. Raises OSError, ValueError."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     found = await asyncio.get_running_loop().getaddrinfo(parts.hostname, port, type=socket.SOCK_DGRAM)

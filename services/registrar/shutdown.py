@@ -21,13 +21,24 @@ _log = get("registrar")
 
 
 class Farewell:
-    """Ends the acting registrar's part: the notice, then the turn. One that stands by has nothing to say."""
+    """Keeps the registrar's turn until the last words: the notice, then the turn is given up.
+
+    A registrar that stands by has nothing to say.
+    """
 
     def __init__(self, running: Running, turn: Turn, registration: Registration) -> None:
         self._running, self._turn, self._registration = running, turn, registration
+        self._keeping: asyncio.Task[object] | None = None
+
+    async def keep_turn(self) -> None:
+        """The child of the service's task group: asks for the turn and renews it, through the drain, too."""
+        self._keeping = asyncio.current_task()
+        await self._turn.run(self._running.redis_state.failed, self._running.redis_state.answered)
 
     async def say(self, seconds: float) -> None:
         """Takes `seconds` at most. Never raises."""
+        if self._keeping is not None:
+            self._keeping.cancel()  # or it would take the turn again as soon as it is free
         if not self._turn.held:
             return
         until = self._running.clock() + seconds

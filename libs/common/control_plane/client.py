@@ -364,6 +364,8 @@ class ControlPlaneClient:
                 self.transport.renew()
             case errors.CannotSend() | errors.NotARequest():
                 self.gate.abandoned(ticket)
+            case errors.AuthRefused() | errors.ConfigurationFault():
+                self.gate.turned_away(ticket)
             case _:
                 self.gate.decided(ticket)
         if isinstance(error, errors.AuthRefused):

@@ -195,6 +195,11 @@ class Gate:
         if ticket.holds == self._holds:
             self._begin(kind, detail)
 
+    def turned_away(self, ticket: Ticket) -> None:
+        """It answers, but not to us, in a call whose refusals hold nobody up."""
+        self.breaker.succeeded(ticket.period)
+        self._connected(False)
+
     def unsent(self, ticket: Ticket, kind: HoldKind, detail: str) -> None:
         """There is no channel to us (certificate, CA file): a hold; it says nothing about the breaker."""
         self.breaker.abandoned(ticket.period)

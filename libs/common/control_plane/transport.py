@@ -61,8 +61,9 @@ BORDER: Mapping[type[foreign.PyreqwestError], type[errors.TransportError]] = {
 }
 """Every exception class of the library and what it is to us; a test holds it to the installed version."""
 
-_REFUSED_CERTIFICATE = ("invalid peer certificate", "received fatal alert")
-_CERTIFICATE_ALERTS = ("certificate", "unknownca", "accessdenied")
+_THEIRS_REFUSED = "invalid peer certificate"
+_ALERT = "received fatal alert: "
+_OURS_REFUSED = ("certificate", "unknownca", "accessdenied", "handshakefailure")  # the last: OpenSSL, TLS 1.2
 
 
 class Transport:
@@ -244,8 +245,8 @@ _PHRASES: Mapping[type[errors.TransportError], str] = {
 
 
 def _refuses_certificate(text: str) -> bool:
-    theirs, alert = _REFUSED_CERTIFICATE
-    return theirs in text or (alert in text and any(name in text.lower() for name in _CERTIFICATE_ALERTS))
+    alert = text.partition(_ALERT)[2].lower()
+    return _THEIRS_REFUSED in text or any(name in alert for name in _OURS_REFUSED)
 
 
 def _identity(cert_file: str, key_file: str | None) -> bytes:

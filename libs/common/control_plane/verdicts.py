@@ -170,8 +170,10 @@ class Judge:
         reply = _object(answer)
         if duplicate and _is_conflict(reply):
             return self._conflict(answer)
-        grant = _unwrapped(reply) if reply is not None and reply.get("success") is not False else None
-        if grant is not None and _is_number(grant.get("new_quota_amount")):
+        grant = None
+        if reply is not None and (duplicate or reply.get("success") is not False):
+            grant = _grant(reply)
+        if grant is not None:
             return Delivered(duplicate=duplicate, answer=grant)
         if duplicate:
             return self._dead(Reason.REJECTED, answer, " without the grant")
@@ -294,6 +296,14 @@ def _object(answer: Answer) -> dict[str, Any] | None:
 def _unwrapped(reply: dict[str, Any]) -> dict[str, Any]:
     data = reply.get("data")
     return data if reply.get("success") is True and isinstance(data, dict) else reply
+
+
+def _grant(reply: dict[str, Any]) -> dict[str, Any] | None:
+    """The part of a reply that carries the grant: itself or its `data`, whatever `success` says."""
+    for part in (reply, reply.get("data")):
+        if isinstance(part, dict) and _is_number(part.get("new_quota_amount")):
+            return part
+    return None
 
 
 def _is_conflict(reply: dict[str, Any] | None) -> bool:

@@ -1,0 +1,1 @@
+"""The operator's command: `dataplane`, or `python -m dataplane_agent`."""

@@ -1,0 +1,34 @@
+"""`python -m dataplane_agent` runs all four services; the console script `dataplane` shows its commands."""
+
+from __future__ import annotations
+
+import sys
+
+from dataplane_agent.cli import COMMANDS, call
+
+CHECKS = ("--check-config", "--validate-config")
+
+
+def main() -> int:
+    """The console script `dataplane`: the command line as it was typed."""
+    return call(_checked(sys.argv[1:]))
+
+
+def module() -> int:
+    """`python -m dataplane_agent`: what names no command is for `run`."""
+    tokens = _checked(sys.argv[1:])
+    if not tokens or tokens[0] not in COMMANDS:
+        tokens = ["run", *tokens]
+    return call(tokens)
+
+
+def _checked(tokens: list[str]) -> list[str]:
+    """`--check-config` is spelled as with the services; here it is the command `config check`."""
+    if not any(flag in tokens for flag in CHECKS):
+        return tokens
+    rest = [token for token in tokens if token not in CHECKS]
+    return ["config", "check", *(rest[1:] if rest[:1] == ["run"] else rest)]
+
+
+if __name__ == "__main__":
+    sys.exit(module())

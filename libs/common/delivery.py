@@ -1,0 +1,424 @@
+"""Delivery: ready entries go to slots, and each ends in one of the few ways there are.
+
+A slot is held by a request, not by an entry that waits.
+What is settled, buried or parked is decided in one place, `_end`, with a short arm per outcome.
+An entry that has been through two crashes is delivered alone until it has proven harmless, so that no innocent
+neighbour dies of another's poison (contract section 4.4).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from random import Random
+from typing import Protocol
+
+import msgspec
+
+from common import schemas
+from common.control_plane.gate import Gate
+from common.entries import FIRST_READ, Entry, Hand
+from common.lanes import Batches, Lanes, Queue
+from common.logs import get
+from common.outcomes import Cause, Dead, Delivered, Outcome, Reason, Retry
+from common.parking import Parking, decide
+from common.redis_border import RedisFault
+from common.settlement import Counters, Settlement
+from common.streams import MAX_ENTRY_BYTES
+from common.turn import Turn
+
+DOORBELL = 2.0
+"""Seconds an idle consumer waits at most before it looks around again."""
+
+HELD_AGAIN_AFTER = 1.0
+"""Seconds before an entry is tried again that was held although the gate has opened meanwhile."""
+
+
+class Handler(Protocol):
+    """What one service does with the entries of its stream."""
+
+    ordered: bool
+    batch: int
+
+    def decode(self, entry: Entry) -> str:
+        """Reads `entry.data` into `entry.message`, sets its transaction id and figures; returns the lane.
+
+        Raises schemas.Invalid.
+        """
+
+    async def deliver(self, entries: list[Entry]) -> list[Outcome]:
+        """Delivers entries of one lane, one outcome each, in their order."""
+
+
+class Tally(Counters, Protocol):
+    """What the loop tells the metrics beside what settlement does."""
+
+    def retried_entries(self, cause: Cause) -> None: ...
+    def claimed_entries(self, n: int) -> None: ...
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """The loop's bounds, from `streams` and `control_plane` of the configuration. Times in seconds."""
+
+    read_count: int
+    max_in_flight: int
+    batch: int
+    visibility_timeout: float
+    claim_interval: float
+    max_deliveries: int
+    not_found_hold: float
+    doorbell: float = DOORBELL
+
+    @property
+    def capacity(self) -> int:
+        """Entries in hand, unsettled included, that are not parked."""
+        return max(2 * self.read_count, 2 * self.max_in_flight * self.batch)
+
+
+class Delivery:
+    """The slots of one consumer: what is ready, what is in flight, what waits for another attempt."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        limits: Limits,
+        hand: Hand,
+        settlement: Settlement,
+        turn: Turn | None,
+        *,
+        gate: Gate,
+        tally: Tally,
+        fetch: Callable[[bytes], Awaitable[Entry | None]],
+        on_fault: Callable[[RedisFault], float],
+        clock: Callable[[], float],
+        random: Random,
+    ) -> None:
+        self.in_flight = 0
+        self.hand = hand
+        self.settlement = settlement
+        self._handler = handler
+        self._limits = limits
+        self._turn = turn
+        self._gate = gate
+        self._tally = tally
+        self._fetch = fetch
+        self._on_fault = on_fault
+        self._clock = clock
+        self._random = random
+        self._log = get("delivery")
+        self._lanes = _lanes(handler, hand)
+        self.parking = Parking(self._wake, clock)
+        self._suspects: deque[Entry] = deque()
+        self._alone = False  # a suspect is being delivered, and nothing else
+        self._quieting = False  # a suspect waits for the requests in flight to end
+        self._stopped = False
+        self._idle: deque[asyncio.Future[None]] = deque()
+        self._reopening: asyncio.Task[None] | None = None
+        self._quiet = asyncio.Event()
+        self._slots: list[asyncio.Task[None]] = []
+
+    # -- what the loop says --------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Opens the slots."""
+        self._slots = [asyncio.create_task(self._work()) for _ in range(self._limits.max_in_flight)]
+
+    async def take(self, entry: Entry) -> None:
+        """Takes an entry in hand: it is on its way to a slot, dead on arrival, or suspected."""
+        self.hand.take(entry)
+        if not entry.suspect:
+            self._enqueue(entry)
+        elif self._handler.ordered:
+            await self._enqueue_suspect(entry)
+        else:
+            self._suspects.append(entry)
+            self.hand.park(entry, True)
+
+    def call(self, n: int) -> None:
+        """Calls up to `n` idle slots: there is something to take."""
+        idle = self._idle
+        while n > 0 and idle:
+            future = idle.popleft()
+            if not future.done():
+                future.set_result(None)
+                n -= 1
+
+    def lost(self, entries: list[Entry]) -> None:
+        """These are somebody else's by now: they leave the hand; a request that is out runs to its end."""
+        waiting = [entry for entry in entries if not entry.in_flight]
+        self._lanes.remove(waiting)
+        self.parking.remove(waiting)
+        gone = {id(entry) for entry in waiting}
+        self._suspects = deque(entry for entry in self._suspects if id(entry) not in gone)
+        self.hand.drop(entries)
+        self._log.warning(
+            "entries.lost", ids=[entry.id.decode() for entry in entries[:20]], count=len(entries)
+        )
+
+    def forget(self) -> None:
+        """Drops what is ready, parked or suspected; a request that is out runs to its end."""
+        self._lanes.clear()
+        self.parking.clear()
+        self._suspects.clear()
+
+    def stop(self) -> None:
+        """No more requests are started."""
+        self._stopped = True
+
+    async def end_requests(self, until: float) -> None:
+        """Lets what is in flight end, but not after `until`; then the slots are closed."""
+        while self.in_flight and self._clock() < until:
+            self._quiet.clear()
+            await within(until - self._clock(), self._quiet.wait())
+        for slot in self._slots:
+            slot.cancel()
+        if self._reopening is not None:
+            self._reopening.cancel()
+
+    # -- reading an entry ----------------------------------------------------------------------------
+
+    def _enqueue(self, entry: Entry) -> None:
+        dead = self._decode(entry)
+        if dead is not None:
+            self.settlement.died(entry, dead)
+        else:
+            self._lanes.push(entry)
+
+    async def _enqueue_suspect(self, entry: Entry) -> None:
+        """To take its place in its lane a suspect has to be read first, which may be what kills: so the count
+        is written before, and taken back after."""
+        entry.deliveries += 1
+        if await self.settlement.renew([entry]):
+            self.lost([entry])
+            return
+        if await self._read_fields(entry):
+            entry.deliveries -= 1
+            await self.settlement.renew([entry])
+            self._enqueue(entry)
+
+    async def _read_fields(self, entry: Entry) -> bool:
+        """Fetches what a suspect came without; False when it is not ours any more."""
+        fetched = await self._fetch(entry.id)
+        if fetched is None:
+            self.lost([entry])
+            return False
+        entry.data, entry.correlation_id, entry.traceparent = (
+            fetched.data,
+            fetched.correlation_id,
+            fetched.traceparent,
+        )
+        self.hand.resize(entry, fetched.size)
+        return True
+
+    def _decode(self, entry: Entry) -> Dead | None:
+        """Reads the entry; whatever arrives gets a verdict."""
+        if isinstance(entry.data, int):
+            return Dead(
+                Reason.INVALID, f"the entry is {entry.data} bytes long, expected at most {MAX_ENTRY_BYTES}"
+            )
+        try:
+            entry.lane = self._handler.decode(entry)
+        except schemas.Invalid as invalid:
+            return Dead(Reason.INVALID, str(invalid))
+        except (
+            Exception
+        ) as error:  # a decoder that stumbles must not stop the stream: this entry is unreadable
+            self._log.exception("entry.unreadable", id=entry.id.decode())
+            return Dead(Reason.INVALID, f"cannot be read: {type(error).__name__}")
+        if not entry.correlation_id:
+            entry.correlation_id = entry.transaction_id
+        entry.data = None  # the message says it all from here on
+        return None
+
+    # -- the slots ------------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        """One slot: takes what is ready and delivers it, for ever."""
+        while True:
+            entries = self._next()
+            if entries is None:
+                await self._called()
+            elif entries[0].suspect:
+                await self._deliver_alone(entries[0])
+            else:
+                await self._deliver(entries)
+
+    def _next(self) -> list[Entry] | None:
+        """The entries of the next request, or None when nothing may start now."""
+        if self._stopped or self._alone:
+            return None
+        if not self._gate.open and self._gate.permits() <= 0:
+            self._reopen_later()
+            return None
+        if self._turn is not None and not self._turn.fresh:
+            self._reopen_later()
+            return None
+        if self._quieting and self.in_flight:
+            return None
+        self._quieting = bool(self._suspects)
+        if self._suspects:
+            return None if self.in_flight else [self._suspects.popleft()]
+        entries = self._lanes.take()
+        if entries and entries[0].suspect and self.in_flight:
+            self._lanes.push_back(entries)
+            self._quieting = True
+            return None
+        return entries
+
+    async def _deliver(self, entries: list[Entry]) -> None:
+        self.in_flight += 1
+        for entry in entries:
+            entry.in_flight = True
+        try:
+            outcomes = await self._handler.deliver(entries)
+        except Exception as error:  # a fault of ours: the entries stay pending and are tried again
+            self._log.exception("delivery.failed", ids=[entry.id.decode() for entry in entries[:5]])
+            failed = Retry(Cause.TRANSIENT, f"{type(error).__name__} in the agent")
+            outcomes = [failed] * len(entries)
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self._quiet.set()
+        for entry, outcome in zip(entries, outcomes, strict=True):
+            entry.in_flight = False
+            self._end(entry, outcome)
+
+    async def _deliver_alone(self, entry: Entry) -> None:
+        """Delivers a suspect with nothing beside it; the count is written first, for the case that we die of it."""
+        self._alone = True
+        self.hand.park(entry, False)
+        try:
+            if entry.died_alone >= self._limits.max_deliveries:
+                error = f"delivering it alone ended the process {entry.died_alone} times"
+                self.settlement.died(entry, Dead(Reason.POISON, error))
+                self._lanes.finish([entry])
+                return
+            entry.deliveries += 1
+            if await self.settlement.renew([entry]):
+                self.lost([entry])
+                return
+            if entry.message is None:
+                if not await self._read_fields(entry):
+                    return
+                if dead := self._decode(entry):
+                    self.settlement.died(entry, dead)
+                    return
+            await self._deliver([entry])
+        except RedisFault as fault:
+            entry.deliveries -= 1
+            self._again(entry)
+            await asyncio.sleep(self._on_fault(fault))
+        finally:
+            self._alone = False
+            self.call(len(self._idle))
+
+    def _end(self, entry: Entry, outcome: Outcome) -> None:
+        """What becomes of an entry after its delivery."""
+        if not self.hand.holds(entry):
+            if isinstance(outcome, Delivered):
+                self.settlement.delivered(entry, outcome)  # a 2xx is a fact, whoever owns the entry by now
+            self._lanes.finish([entry])
+            return
+        match outcome:
+            case Delivered():
+                self.settlement.delivered(entry, outcome)  # leaves the stream with the next batch
+                self._lanes.finish([entry])
+            case Dead():
+                self._proven_harmless(entry)
+                entry.attempts += 1
+                self.settlement.died(entry, outcome)  # moves to the dead-letter view with the next batch
+                self._lanes.finish([entry])
+            case Retry(cause=Cause.HELD):
+                self._held(
+                    entry, outcome
+                )  # stays pending: tried again when the gate opens, no attempt counted
+            case Retry():
+                self._retry(entry, outcome)  # stays pending: parked until its next attempt
+
+    def _held(self, entry: Entry, retry: Retry) -> None:
+        if entry.suspect:
+            entry.deliveries -= 1  # it was not delivered: nothing is known about it yet
+            entry.leased_at = float("-inf")
+        if retry.http_status == 403:
+            entry.refused_before = True
+        elif retry.http_status is not None:
+            entry.not_found_since = None  # a fault of the configuration is no verdict on entries
+        if self._gate.open:
+            self._park(entry, HELD_AGAIN_AFTER)
+        else:
+            self._again(entry)
+
+    def _again(self, entry: Entry) -> None:
+        """Back to the front of where it was taken from."""
+        if entry.suspect and not self._handler.ordered:
+            self._suspects.appendleft(entry)
+            self.hand.park(entry, True)
+        else:
+            self._lanes.push_back([entry])
+
+    def _retry(self, entry: Entry, retry: Retry) -> None:
+        self._proven_harmless(entry)
+        entry.attempts += 1
+        decision = decide(entry, retry, self._clock(), self._limits.not_found_hold, self._random)
+        if isinstance(decision, Dead):
+            self.settlement.died(entry, decision)
+            self._lanes.finish([entry])
+            return
+        self._tally.retried_entries(retry.cause)
+        self._log.debug(
+            "entry.parked", id=entry.id.decode(), cause=retry.cause.value, error=retry.error, seconds=decision
+        )
+        self._park(entry, decision)
+
+    def _park(self, entry: Entry, delay: float) -> None:
+        self.hand.park(entry, True)
+        self._lanes.block(entry)
+        self.parking.park(entry, delay)
+
+    def _wake(self, entry: Entry) -> None:
+        """A parked entry's time has come."""
+        if self.hand.holds(entry):
+            self.hand.park(entry, False)
+            self._lanes.unblock(entry)
+            self.call(1)
+
+    def _proven_harmless(self, entry: Entry) -> None:
+        """Its delivery ended without ending the process: the count starts anew, written with the next renewal."""
+        if entry.deliveries != FIRST_READ:
+            entry.deliveries = FIRST_READ
+            entry.leased_at = float("-inf")
+
+    # -- waiting for work ----------------------------------------------------------------------------
+
+    async def _called(self) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._idle.append(future)
+        await future
+
+    def _reopen_later(self) -> None:
+        if self._reopening is None:
+            self._reopening = asyncio.create_task(self._reopen())
+
+    async def _reopen(self) -> None:
+        await self._gate.wait()
+        if self._turn is not None:
+            while self._turn.held and not self._turn.fresh:
+                await asyncio.sleep(self._limits.visibility_timeout / 20)
+        self._reopening = None
+        if self._turn is None or self._turn.held:
+            self.call(len(self._idle))
+
+
+def _lanes(handler: Handler, hand: Hand) -> Queue | Batches | Lanes:
+    if handler.ordered:
+        return Lanes(hand.park)
+    return Batches(handler.batch) if handler.batch > 1 else Queue()
+
+
+async def within(seconds: float, awaitable: Awaitable[object]) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await awaitable
+    except TimeoutError:
+        pass
