@@ -222,7 +222,7 @@ class Settlement:
                     error=dead.error,
                     http_status=dead.http_status,
                     attempts=entry.attempts,
-                    correlation_id=entry.correlation_id,
+                    correlation_id=entry.correlation_id or None,
                 )
             elif result == -1:
                 self.vanished([entry.id])

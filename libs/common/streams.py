@@ -1,11 +1,11 @@
 """Every name the agent uses in Redis, on one page.
 
     key                                  structure  written by            read by               bounded by
-    queue:usage_records                  stream     AudioAPIServer        usage_forwarder       settled entries are deleted
-    queue:session_lifecycle              stream     AudioAPIServer        session_notifier      settled entries are deleted
-    queue:quota_refresh                  stream     AudioAPIServer        quota_refresher       settled entries are deleted
+    queue:usage_records                  stream     AudioAPIServer        usage_forwarder       deleted when settled
+    queue:session_lifecycle              stream     AudioAPIServer        session_notifier      deleted when settled
+    queue:quota_refresh                  stream     AudioAPIServer        quota_refresher       deleted when settled
     queue:quota_response                 stream     quota_refresher       AudioAPIServer        MINID, one hour
-    queue:commands                       stream     registrar (poll)      registrar             settled entries are deleted
+    queue:commands                       stream     registrar (poll)      registrar             deleted when settled
     {<stream>}:dead                      hash       settlement (bury)     CLI                   one field per dead entry
     {<stream>}:ledger                    hash       settlement            CLI, metrics          a dozen fields
     {<stream>}:turn                      string     turn                  turn                  time to live

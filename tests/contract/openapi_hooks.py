@@ -1,4 +1,4 @@
-"""What the schema cannot say, told to schemathesis: a single record's key is its id, its session the path's."""
+"""What the schema cannot say, for schemathesis: a record's key is its id, its session is the path's."""
 
 from __future__ import annotations
 

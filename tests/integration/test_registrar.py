@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from redis.asyncio import Redis
 
@@ -25,6 +27,8 @@ VISIBILITY = 1.0
 
 Start = Callable[..., "Registrar"]
 
+pytestmark = pytest.mark.parametrize("redis_process", ["valkey"], indirect=True)
+
 
 class Registrar:
     """One `python -m registrar`, its log in a file."""
@@ -36,6 +40,11 @@ class Registrar:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "registrar"], env=inherited | environ, stdout=output, stderr=output
             )
+
+    def port(self, key: str) -> int:
+        """The free port that a listener has found."""
+        (port,) = [line["port"] for line in self.lines("service.listening") if line["key"].endswith(key)]
+        return int(port)
 
     def lines(self, event: str | None = None) -> list[dict[str, Any]]:
         found = [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
@@ -123,6 +132,23 @@ async def test_it_registers_beats_publishes_the_keys_and_says_goodbye(
     )
     assert not await redis.exists(registrar_turn_key(SERVER))
     assert not await redis.hlen(presence_key(SERVER))
+
+
+async def test_its_health_speaks_for_all_four(start: Start, control_plane: ControlPlane) -> None:
+    registrar = start()
+    await beating(control_plane)
+    async with httpx.AsyncClient() as client:
+        answer = await client.get(f"http://127.0.0.1:{registrar.port('health_check_port')}/health")
+        metrics = await client.get(f"http://127.0.0.1:{registrar.port('metrics_port')}/metrics")
+    assert answer.status_code == 200
+    assert answer.json()["status"] == "degraded"
+    assert answer.json()["services"] == {
+        "registrar": "healthy",
+        "usage_forwarder": "missing",
+        "session_notifier": "missing",
+        "quota_refresher": "missing",
+    }
+    assert re.search(r"^dataplane_registered\{.*\} 1\.0$", metrics.text, re.MULTILINE)
 
 
 async def test_a_command_comes_back_with_its_result_and_every_forgery_is_refused(
