@@ -36,7 +36,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the named command; 2 for a wrong one."""
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in _COMMANDS:
         return _COMMANDS[name](rest)
     print("usage: python -m sandbox COMMAND [--help]\n")

@@ -45,14 +45,18 @@ async def read_redis(redis: Redis, streams: Iterable[Stream]) -> dict[str, Holdi
 async def read_grants(redis: Redis, response_stream: str) -> Grants:
     """The quota responses that have not been trimmed yet."""
     grants = Grants()
-    async for _, fields in _entries(redis, response_stream):
+    first = None
+    async for id, fields in _entries(redis, response_stream):
+        first = first or id
         answer = msgspec.json.decode(fields[FIELD_DATA])
         grants.count[answer["transaction_id"]] += 1
     try:
         about = await redis.xinfo_stream(response_stream)
     except ResponseError:
         return grants
-    grants.complete_from_ms = position(_text(about.get("max-deleted-entry-id", "0-0")))[0]
+    if about["entries-added"] > about["length"]:
+        # An answer comes after its request, so what was asked later than this was not answered before it.
+        grants.complete_from_ms = position(first or _text(about["last-generated-id"]))[0]
     return grants
 
 

@@ -43,6 +43,9 @@ from common.streams import Stream
 LOOK_EVERY = 1.0
 """Seconds between two looks at the stream's figures."""
 
+FORGET_EVERY = 600.0
+"""Seconds between two looks for processes that went without a word."""
+
 CONTACT_EVERY = 5.0
 """Seconds between two attempts to hear from a ControlPlane of which nothing has been heard yet."""
 
@@ -305,6 +308,7 @@ class Observer:
         self._started_at = running.clock()
         self._ready_seconds: float | None = None
         self._written_at = float("-inf")
+        self._forgot_at = running.clock()
         self._cpu = (running.clock(), cpu_seconds())
 
     async def run(self) -> None:
@@ -319,6 +323,9 @@ class Observer:
                 if running.clock() - self._written_at >= presence.WRITE_EVERY or self._just_ready():
                     await presence.write(running.redis, running.config.server.id, self._presence())
                     self._written_at = running.clock()
+                if running.clock() - self._forgot_at >= FORGET_EVERY:
+                    await presence.forget_stale(running.redis, running.config.server.id, time.time())
+                    self._forgot_at = running.clock()
             except RedisFault as fault:
                 running.log.debug("observer.redis_fault", error=str(fault))
             await asyncio.sleep(LOOK_EVERY if self._ready_seconds is not None else 0.02)

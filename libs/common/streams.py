@@ -11,6 +11,8 @@
     {<stream>}:turn                      string     turn                  turn                  time to live
     dataplane:<server>:presence          hash       presence (5 s)        registrar, CLI        stale fields are removed
     dataplane:<server>:command:<id>      string     registrar             registrar             24 h
+    dataplane:<server>:command:<id>/<digest>
+                                         string     registrar             registrar             24 h (a refused one)
     dataplane:<server>:turn:registrar    string     turn                  turn                  time to live
     dataplane:public_keys                string     registrar             AudioAPIServer        one JWKS document
 

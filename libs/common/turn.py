@@ -37,6 +37,8 @@ class Turn:
         self._ttl = ttl
         self._clock = clock
         self._renewed_at = float("-inf")
+        self._given_up = False
+        self._asking = asyncio.Lock()  # an answer that is under way must not take back what is given up
         self._log = get("turn")
 
     @property
@@ -49,8 +51,8 @@ class Turn:
         return self.taken.is_set() and self._clock() - self._renewed_at < self._ttl / 2
 
     async def run(self, on_fault: Callable[[RedisFault], float], answered: Callable[[], None]) -> None:
-        """Asks and renews for ever; `on_fault` is told what Redis said and answers how long to wait."""
-        while True:
+        """Asks and renews until given up; `on_fault` is told what Redis said and answers how long to wait."""
+        while not self._given_up:
             try:
                 await self.ask()
                 answered()
@@ -62,21 +64,27 @@ class Turn:
 
     async def ask(self) -> bool:
         """One attempt; raises RedisFault. The time of a renewal is the time before the call."""
-        asked_at = self._clock()
-        if await self._scripts.run("turn_take", [self.key], [self.token, int(self._ttl * 1000)]):
-            self._renewed_at = asked_at
-            if not self.held:
-                self.era += 1
-                self.taken.set()
-                self._log.info("turn.taken", key=self.key)
-        elif self.held:
+        async with self._asking:
+            if self._given_up:
+                return False
+            asked_at = self._clock()
+            ours = await self._scripts.run("turn_take", [self.key], [self.token, int(self._ttl * 1000)])
+            if ours:
+                self._renewed_at = asked_at
+        if ours and not self.held and not self._given_up:
+            self.era += 1
+            self.taken.set()
+            self._log.info("turn.taken", key=self.key)
+        elif not ours:
             self.lose()
         return self.held
 
     async def give_up(self) -> None:
-        """Frees the turn for the next; raises RedisFault."""
+        """Frees the turn for the next, for good; raises RedisFault."""
+        self._given_up = True
         self.taken.clear()
-        await self._scripts.run("turn_give_up", [self.key], [self.token])
+        async with self._asking:
+            await self._scripts.run("turn_give_up", [self.key], [self.token])
 
     def lose(self) -> None:
         """Somebody found that the turn is no longer ours."""

@@ -214,7 +214,7 @@ class CommandHandler:
             if record.digest != order.digest:
                 _audit.warning("command.repeated", command_id=order.command_id)
             return await self._report(own, record)
-        if record is not None and record.state == "running" and record.entry != entry_id:
+        if record is not None and self._runs_elsewhere(record, entry_id):
             return Retry(Cause.TRANSIENT, "it runs for another entry")
         try:
             parameters = await self._believe(order)
@@ -226,6 +226,11 @@ class CommandHandler:
         if runs > MAX_RETRIES:  # the last run ended with the process
             return await self._end(own, order, runs, error="died while it ran")
         return await self._run(own, order, parameters, runs + 1, entry_id)
+
+    def _runs_elsewhere(self, record: Record, entry_id: str) -> bool:
+        """Another process is at it. An entry has one owner, so ours ran in a process that has died."""
+        may_still_run = self._now() - record.began_at < 2 * RUN_SECONDS  # twice: two clocks may differ
+        return record.state == "running" and record.entry != entry_id and may_still_run
 
     async def _believe(self, order: Order) -> Mapping[str, Any]:
         """The parameters of a command that is allowed and proven; raises Refused or Undecided."""
@@ -248,7 +253,7 @@ class CommandHandler:
     async def _run(
         self, own: Place, order: Order, parameters: Mapping[str, Any], runs: int, entry_id: str
     ) -> Outcome:
-        begun = Record(digest=order.digest, state="running", runs=runs, entry=entry_id)
+        begun = Record(digest=order.digest, state="running", runs=runs, entry=entry_id, began_at=self._now())
         place = await self._memory.remember(own, begun)
         if place is None:
             return Retry(Cause.TRANSIENT, "another process was quicker")

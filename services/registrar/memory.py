@@ -22,12 +22,16 @@ KEPT_SECONDS = 24 * 3600
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a command has come. `entry`: the one it ran for, which tells a crash from another process."""
+    """How far a command has come.
+
+    `entry` is the one it ran for, which tells a crash from another process; `began_at` is in Unix seconds.
+    """
 
     digest: str
     state: Literal["running", "failed", "ended"]
     runs: int = 0
     entry: str = ""
+    began_at: float = 0.0
     error: str = ""
     report: dict[str, Any] | None = None
     reported: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -595,3 +596,10 @@ async def test_a_process_that_cannot_serve_says_so() -> None:
         with pytest.raises(RuntimeError):
             async with ControlPlaneProcess(port=first.port):
                 pass
+
+
+async def test_the_page_is_one_file_that_loads_nothing(control_plane: ControlPlane) -> None:
+    async with httpx.AsyncClient() as browser:
+        page = await browser.get(f"{control_plane.admin_url}/")
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert not re.search(r'(src|href)=(?!"data:)|@import|url\(', page.text)

@@ -22,7 +22,7 @@ from common.redis_border import Scripts
 from common.service import Running
 from common.signing import REFETCH_SECONDS, TRUST_SECONDS, KeySet
 from common.streams import PUBLIC_KEYS, command_key
-from registrar.commands import MAX_RETRIES, CommandHandler, CommandPoll
+from registrar.commands import MAX_RETRIES, RUN_SECONDS, CommandHandler, CommandPoll
 from registrar.memory import KEPT_SECONDS, Memory, Place, Record
 from registrar.public_keys import PublicKeys
 from sandbox.keys import FORGERIES, Command, Keyring
@@ -304,9 +304,12 @@ async def test_while_a_command_runs_elsewhere_its_other_entry_waits(site: Site, 
     site.fail = [asyncio.CancelledError()]  # type: ignore[list-item]
     with pytest.raises(asyncio.CancelledError):
         await site.deliver(site.handler(), command)
-    outcome = await site.deliver(site.handler(), command)  # in another entry
-    assert outcome == Retry(Cause.TRANSIENT, "it runs for another entry")
+    other = site.entry(command)
+    assert await site.deliver(site.handler(), other) == Retry(Cause.TRANSIENT, "it runs for another entry")
     assert len(site.runs) == 1
+    site.now = lambda: time.time() + 2 * RUN_SECONDS  # the first entry is lost, with its process
+    assert await site.deliver(site.handler(), other) == DELIVERED
+    assert [report["success"] for report in wire.reports] == [True]
 
 
 async def test_a_process_that_was_paused_cannot_end_what_another_has_begun_anew(

@@ -24,7 +24,7 @@ from common.entries import Entry
 from common.outcomes import DELIVERED, Cause, Outcome, Reason, Retry
 from common.redis_border import Away, Scripts
 from common.redis_state import RedisState
-from common.streams import GREATEST_ID, HANDOVER, Stream
+from common.streams import GREATEST_ID, Stream
 from tests.support import connect, eventually
 
 STREAM = Stream("queue:usage_records", "usage_forwarder")
@@ -370,5 +370,3 @@ async def settled(redis: Redis, n: int, stream: Stream = STREAM) -> None:
 
     await eventually(done, every=0.005)
 
-
-__all__ = ["HANDOVER"]

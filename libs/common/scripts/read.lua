@@ -1,5 +1,5 @@
 -- Reads new entries through the group without ever blocking, and nothing larger than the reader can hold.
--- It reads in steps that at most double, so that a run of huge entries is noticed after the first few.
+-- It reads in steps from one, that at most double and always fit, so that a run of huge entries is noticed at once.
 -- Ids that are dead letters (the live group was re-made from 0) are acknowledged unread.
 --
 -- KEYS     1 stream   2 turn (only where the stream promises order)
@@ -19,7 +19,7 @@ local function is_dead(id)
   return #redis.call('XPENDING', stream, twin, id, id, 1) > 0
 end
 
-local reply, step = {''}, 16
+local reply, step = {''}, 1
 while left > 0 and room > 0 do
   local asked = math.min(step, left)
   local got = redis.call('XREADGROUP', 'GROUP', group, me, 'COUNT', asked, 'STREAMS', stream, '>')
@@ -40,13 +40,13 @@ while left > 0 and room > 0 do
         elseif name == 'traceparent' then row[4] = value end
       end
       if size > longest then row = {id, size, false, false} end
-      used = used + math.min(size, longest)
+      used = used + size
       reply[#reply + 1] = row
     end
   end
   left, room = left - #rows, room - used
   if #rows < asked then break end
-  step = math.max(1, math.min(step * 2, math.floor(room * #rows / (used + 1))))
+  step = math.max(1, math.min(step * 2, math.floor(room / longest)))
 end
 
 if #reply == 1 then
