@@ -1,8 +1,8 @@
 """`dataplane demo`: the whole thing on this machine, with nothing else installed.
 
-Simulated AudioAPIServers write through an embedded Valkey; the four services deliver to a sandbox ControlPlane over
-TLS. On the way a usage_forwarder and the active session_notifier are killed with SIGKILL, and the ControlPlane is
-cut off. At the end three books are compared: what was produced, what arrived, what Redis still holds.
+Simulated AudioAPIServers write through an embedded Valkey; the four services deliver to a sandbox
+ControlPlane over TLS. On the way a usage_forwarder and the active session_notifier are killed, and the
+ControlPlane is cut off. At the end three books are compared: what was produced, what arrived, what Redis holds.
 """
 
 from __future__ import annotations

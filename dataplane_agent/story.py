@@ -19,7 +19,8 @@ from dataplane_agent.stage import Stage, staged
 from dataplane_agent.watching import Watcher
 from sandbox.audio_api_server import AudioAPIServer, Traffic
 from sandbox.book import Book
-from sandbox.reconciler import Reconciliation, read_grants, read_redis, reconcile
+from sandbox.reconciler import Reconciliation, reconcile
+from sandbox.redis_book import read_grants, read_redis
 
 RATE = 200.0
 SESSIONS = 60
@@ -61,10 +62,7 @@ async def tell(directory: Path, seconds: float) -> int:
     for line in ("", *dead, *story.figures(), "", books.render(), "", verdict(books, well)):
         print(line)
     if not well:
-        print(
-            f"drained: {story.drained}; missing from the ledgers: {story.imbalance}; the services said last:"
-        )
-        print(words)
+        print(f"drained: {story.drained}; ledgers off by {story.imbalance}; the services said last:\n{words}")
     return 0 if well else 1
 
 
@@ -98,6 +96,7 @@ class Story:
             for seed in (1, 2)
         )
         self._watcher = Watcher(stage, redis, (self._calm, self._stormy), opened)
+        self._calm_memory = 0.0
         self.drained = False
         self.imbalance = 0
 
@@ -111,14 +110,13 @@ class Story:
             self._show.event("traffic has ended; waiting until nothing is under way")
             self.drained = await _until(self._is_drained, DRAIN_WITHIN_SECONDS)
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            self._watcher.over.set()
+            await watching
 
     async def _traffic(self, seconds: float) -> None:
-        self._show.event(
-            f"AudioAPIServers write {RATE:g} entries a second, {MALFORMED:.0%} of them malformed"
-        )
+        self._show.event(f"AudioAPIServers write {RATE:g} entries/s, {MALFORMED:.0%} of them malformed")
         await self._calm.run(CALM * seconds, grants_within=GRANTS_WITHIN_SECONDS)
+        self._calm_memory = self._watcher.most.four
         stormy = (1 - CALM) * seconds
         async with asyncio.TaskGroup() as group:
             group.create_task(self._stormy.run(stormy, grants_within=DRAIN_WITHIN_SECONDS))
@@ -144,7 +142,7 @@ class Story:
     async def _kill(
         self, stream: Stream, endpoints: list[str], find: Callable[[Stream], Awaitable[str | None]]
     ) -> None:
-        """SIGKILL for a consumer in the middle of its deliveries, and how long until others took them over."""
+        """SIGKILL for a consumer in the middle of its deliveries; then how long until they are taken over."""
         for endpoint in endpoints:
             await self._stage.control_plane.fault("latency", endpoint=endpoint, seconds=SLOW_SECONDS)
         victim = ""
@@ -165,15 +163,16 @@ class Story:
             return await self._pending(stream, victim) == 0
 
         if await _until(taken_over, DRAIN_WITHIN_SECONDS):
-            self._show.event(f"they were taken over within {time.monotonic() - begun:.1f} s")
+            took = time.monotonic() - begun
+            self._show.event(f"what {stream.group}, process {pid} left was taken over within {took:.1f} s")
 
     async def _busiest(self, stream: Stream) -> str | None:
         pending = await self._consumers(stream)
         return max(pending, key=lambda name: pending[name], default=None)
 
     async def _holder_of_the_turn(self, stream: Stream) -> str | None:
-        token: bytes | None = await self._redis.get(stream.turn_key)
-        return None if token is None else token.decode()
+        token = await self._redis.get(stream.turn_key)
+        return token.decode() if isinstance(token, bytes) else None
 
     async def _pending(self, stream: Stream, consumer: str) -> int:
         return (await self._consumers(stream)).get(consumer, 0)
@@ -224,14 +223,12 @@ class Story:
         ]
         yield from printing.plain(("service", "ready after", "memory (PSS)"), rows)
         yield (
-            f"the four together take {most.four:.1f} MB at most; "
-            f"the supervisor and the second session_notifier {most.others:.1f} MB more"
+            f"the four together: {self._calm_memory:.1f} MB in calm traffic, {most.four:.1f} MB at most; "
+            f"the supervisor and the second session_notifier: {most.others:.1f} MB more"
         )
         for what, server in (("in calm traffic", self._calm), ("with kills and outage", self._stormy)):
             stats = server.stats()
-            shown = ", ".join(
-                f"{name} {seconds * 1000:.0f} ms" for name, seconds in stats.grant_seconds.items()
-            )
+            shown = ", ".join(f"{name} {1000 * took:.0f} ms" for name, took in stats.grant_seconds.items())
             yield f"quota, XADD to grant, {what}: {shown} ({stats.grants} grants)"
 
 

@@ -192,8 +192,8 @@ class Supervisor:
 
     def _asked_to_stop(self) -> None:
         self._stops += 1
+        self._log.info("supervisor.stopping", signals=self._stops)
         if self._stopping is None:
-            self._log.info("supervisor.stopping")
             self._stop_streams()
         elif self._stops == 2:
             self._stop(list(self._builds))

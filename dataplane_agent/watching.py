@@ -1,4 +1,4 @@
-"""Looks at the demo twice a second: what there is to see, which processes came back, how much memory they take."""
+"""Looks at the demo twice a second: its figures, which processes came back, how much memory they take."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ class Watcher:
         self._servers = servers
         self._show = show
         self._known: set[str] = set()
+        self.over = asyncio.Event()
         self.most = MemorySample()
         """The sample in which the four took most."""
 
     async def run(self) -> None:
-        """Until it is cancelled."""
-        while True:
+        """Until it is `over`."""
+        while not self.over.is_set():
             snapshot = await status.read(self._redis, self._stage.settings)
             stats = await self._stage.control_plane.stats()
             self._look_for_new_processes(snapshot)
@@ -61,8 +62,7 @@ class Watcher:
     def _look_for_new_processes(self, snapshot: Snapshot) -> None:
         for process in snapshot.processes:
             if self._known and process.field not in self._known:
-                ready = f"ready in {process.ready_seconds} s"
-                self._show.event(f"{process.service} is back as process {process.pid}, {ready}")
+                self._show.event(f"{process.service} is back as process {process.pid}")
         self._known.update(process.field for process in snapshot.processes)
 
     def _weigh(self, snapshot: Snapshot) -> None:

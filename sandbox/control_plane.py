@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -102,7 +103,6 @@ class ControlPlane:
         self._ca_file = Path(ca_file) if ca_file else None
         self._names = [*names, "localhost", "127.0.0.1", "::1"]
         self._tls, self._client_certificates = tls, client_certificates
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._context: ssl.SSLContext | None = None
         self._listener: asyncio.Server | None = None
         self._outage: asyncio.Task[None] | None = None
@@ -114,35 +114,30 @@ class ControlPlane:
     # Running
 
     async def __aenter__(self) -> Self:
-        if self._ca_file is None:
-            self._directory = tempfile.TemporaryDirectory(prefix="sandbox-")
-            self._ca_file = Path(self._directory.name) / "ca.pem"
-        if self._tls:
-            self._context = self.authority.server_context(
-                self._names, client_certificates=self._client_certificates
-            )
-        self._runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=0.2)
-        await self._runner.setup()
-        await self._listen(_bound(self.host, self.port))
-        self._admin = web.AppRunner(admin.application(self), access_log=None, shutdown_timeout=0.2)
-        await self._admin.setup()
-        admin_socket = _bound(self.admin_host, self.admin_port)
-        self.admin_port = admin_socket.getsockname()[1]
-        await web.SockSite(self._admin, admin_socket).start()
+        async with AsyncExitStack() as stack:
+            stack.callback(self.ledger.close)
+            if self._ca_file is None:
+                directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="sandbox-"))
+                self._ca_file = Path(directory) / "ca.pem"
+            if self._tls:
+                self._context = self.authority.server_context(
+                    self._names, client_certificates=self._client_certificates
+                )
+            self._runner = await _set_up(stack, self._application())
+            stack.callback(self._cut_off)
+            await self._listen(_bound(self.host, self.port))
+            admin_runner = await _set_up(stack, admin.application(self))
+            admin_socket = _bound(self.admin_host, self.admin_port)
+            self.admin_port = admin_socket.getsockname()[1]
+            await web.SockSite(admin_runner, admin_socket).start()
+            self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._outage is not None:
             self._outage.cancel()
-        if self._listener is not None:
-            self._listener.close()
         self.faults.clear()
-        self._cut_connections()
-        await self._runner.cleanup()
-        await self._admin.cleanup()
-        self.ledger.close()
-        if self._directory is not None:
-            self._directory.cleanup()
+        await self._stack.aclose()
 
     @property
     def authority(self) -> Authority:
@@ -170,7 +165,10 @@ class ControlPlane:
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(server, sock=bound, ssl=self._context, backlog=1024)
 
-    def _cut_connections(self) -> None:
+    def _cut_off(self) -> None:
+        """Close the port, and every connection without a word."""
+        if self._listener is not None:
+            self._listener.close()
         server = self._runner.server
         assert server is not None
         for connection in server.connections:
@@ -185,8 +183,9 @@ class ControlPlane:
 
     def add_fault(self, fault: Fault) -> Fault:
         self.faults.add(fault)
-        if fault.kind == "outage":
-            self._begin_outage(fault)
+        if fault.kind == "outage" and not self.down:
+            self._cut_off()
+            self._outage = asyncio.create_task(self._stay_away())
         return fault
 
     def clear_faults(self) -> None:
@@ -199,25 +198,22 @@ class ControlPlane:
         assert self._outage is not None
         return self._outage
 
-    def _begin_outage(self, fault: Fault) -> None:
-        if self._outage is not None and not self._outage.done():
-            return
-        assert self._listener is not None
-        self._listener.close()
-        self._cut_connections()
-        self._outage = asyncio.create_task(self._stay_away(fault))
-
-    async def _stay_away(self, fault: Fault) -> None:
-        # Bound but not listening: connections are refused, and nobody else can take the port meanwhile.
-        bound = await _bound_again(self.host, self.port)
-        try:
-            if self.faults.holds(fault):
-                await self.faults.lifted(fault.seconds)
-        except asyncio.CancelledError:
-            bound.close()
-            raise
-        self.faults.drop(fault)
-        await self._listen(bound)
+    async def _stay_away(self) -> None:
+        """Refuse connections as long as a rule says so, and serve again on the same port."""
+        while True:
+            # Bound but not listening: connections are refused, and nobody else can take the port meanwhile.
+            bound = await _bound_again(self.host, self.port)
+            try:
+                while (rule := self.faults.outage) is not None:
+                    await self.faults.lifted(rule.seconds)
+                    self.faults.drop(rule)
+            except asyncio.CancelledError:
+                bound.close()
+                raise
+            await self._listen(bound)
+            if self.faults.outage is None:
+                return
+            self._cut_off()
 
     @property
     def down(self) -> bool:
@@ -268,10 +264,7 @@ class ControlPlane:
         )
 
     def book(self) -> ControlPlaneBook:
-        ledger = self.ledger
-        return ControlPlaneBook(
-            ledger.transactions(), ledger.arrivals(), ledger.grants(), ledger.violations()
-        )
+        return self.ledger.book()
 
     async def until(self, reached: Callable[[], bool], timeout: float = 10) -> None:
         """Return as soon as `reached()`, asked after every arrival and answer; TimeoutError otherwise."""
@@ -312,6 +305,9 @@ class ControlPlane:
         return application
 
     async def _serve(self, endpoint: str, request: web.Request) -> web.StreamResponse:
+        if self.down:
+            # Its handshake was under way when the connections were cut.
+            return _cut(request)
         call = await read(endpoint, request)
         rows = self.ledger.arrive(endpoint, call.rows())
         self.requests.update((endpoint, "*"))
@@ -393,6 +389,13 @@ class ControlPlane:
 
 
 _PROXY_PAGE = "<!doctype html><title>Welcome</title><p>You are behind a proxy.</p>"
+
+
+async def _set_up(stack: AsyncExitStack, application: web.Application) -> web.AppRunner:
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.2)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    return runner
 
 
 def _cut(request: web.Request) -> web.Response:

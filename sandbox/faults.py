@@ -78,9 +78,10 @@ class Faults:
         self.check(fault)
         self.rules.append(fault)
 
-    def holds(self, fault: Fault) -> bool:
-        """Is this very rule in force?"""
-        return any(rule is fault for rule in self.rules)
+    @property
+    def outage(self) -> Fault | None:
+        """The outage in force, if there is one."""
+        return next((rule for rule in self.rules if rule.kind == "outage"), None)
 
     def drop(self, fault: Fault) -> None:
         """Lift this very rule, if it is in force."""

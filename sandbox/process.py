@@ -46,8 +46,8 @@ class Ready(msgspec.Struct):
 class ControlPlaneProcess:
     """`async with ControlPlaneProcess(db=...) as cp`: cp.url, cp.admin_url, cp.ca_file, cp.api_key.
 
-    `kill()` is a SIGKILL; `start()` again brings it back on the same ports with the same CA and key, and with
-    the same book when it has a `db`.
+    `kill()` is a SIGKILL; `start()` again brings it back on the same ports with the same CA and API key, with
+    the same book when it has a `db`, and with new signing keys.
     """
 
     def __init__(

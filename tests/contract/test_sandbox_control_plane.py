@@ -490,6 +490,28 @@ async def test_an_outage_refuses_connections_and_ends_on_the_same_port(
     assert (await agent.usage(usage())).status_code == 200
 
 
+async def test_an_outage_that_is_replaced_by_another_goes_on(
+    control_plane: ControlPlane, agent: Agent
+) -> None:
+    over = control_plane.outage()
+    control_plane.clear_faults()
+    control_plane.fault("outage")
+    with pytest.raises(httpx.ConnectError):
+        await agent.usage(usage())
+    assert control_plane.down
+    control_plane.clear_faults()
+    await over
+    assert (await agent.usage(usage())).status_code == 200
+
+
+async def test_a_port_that_is_taken_is_an_error_and_leaves_nothing_open(
+    control_plane: ControlPlane, sandbox_ca: Path
+) -> None:
+    with pytest.raises(OSError, match="in use"):
+        async with ControlPlane(ca_file=sandbox_ca, admin_port=control_plane.admin_port):
+            pass
+
+
 async def test_an_outage_ends_by_itself(control_plane: ControlPlane, agent: Agent) -> None:
     await control_plane.outage(0.05)
     assert (await agent.usage(usage())).status_code == 200

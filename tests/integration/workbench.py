@@ -18,8 +18,9 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from common import figures, logs, schemas
-from common.consumer import Consumer, Limits
+from common.consumer import Consumer
 from common.control_plane.gate import Gate
+from common.delivery import Limits
 from common.entries import Entry
 from common.outcomes import DELIVERED, Cause, Outcome, Reason, Retry
 from common.redis_border import Away, Scripts
@@ -323,7 +324,7 @@ class Consuming:
 
     def die(self) -> None:
         """The crash: nothing is said to Redis any more."""
-        tasks = [*self._children, *self.consumer._workers]  # a process that dies takes its workers along
+        tasks = [*self._children, *self.consumer.delivery._slots]  # a process that dies takes its slots along
         if self._loop is not None:
             tasks.append(self._loop)
         for task in tasks:

@@ -1,0 +1,90 @@
+"""A ControlPlane that answers after a while: one process, HTTP/1.1 over TLS, any number of requests at once.
+
+It keeps the same log as the fast sink, and stands in for it where there is no nginx.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import ssl
+import sys
+import time
+from pathlib import Path
+
+import uvloop
+
+from benchmarks.sink import ANSWER
+
+RESPONSE = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+    % (len(ANSWER), ANSWER.encode())
+)  # fmt: skip
+FLUSH_EVERY = 0.05
+
+
+class Connection(asyncio.Protocol):
+    """One request after the other, each answered `delay` seconds after it has arrived."""
+
+    def __init__(self, delay: float, lines: list[bytes]) -> None:
+        self._delay, self._lines = delay, lines
+        self._loop = asyncio.get_running_loop()
+        self._received = b""
+        self._transport: asyncio.WriteTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        while (head_end := self._received.find(b"\r\n\r\n")) >= 0:
+            head = dict(
+                line.lower().split(b": ", 1) if line.count(b": ") else (line, b"")
+                for line in self._received[:head_end].split(b"\r\n")[1:]
+            )
+            length = int(head.get(b"content-length", b"0"))
+            if len(self._received) < head_end + 4 + length:
+                return
+            self._received = self._received[head_end + 4 + length :]
+            key = head.get(b"idempotency-key", b"-")
+            if self._delay:
+                self._loop.call_later(self._delay, self._answer, length, key)
+            else:
+                self._answer(length, key)
+
+    def _answer(self, length: int, key: bytes) -> None:
+        assert self._transport is not None
+        if not self._transport.is_closing():
+            self._transport.write(RESPONSE)
+            self._lines.append(b"%.3f %d HTTP/1.1 %b\n" % (time.time(), length, key))
+
+
+async def serve(delay: float, certificate: Path, log: Path) -> None:
+    lines: list[bytes] = []
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Connection(delay, lines), "127.0.0.1", 0, ssl=context)
+    sys.stdout.write(json.dumps({"event": "listening", "port": server.sockets[0].getsockname()[1]}) + "\n")
+    sys.stdout.flush()
+    with log.open("ab", buffering=0) as file:
+        while True:
+            await asyncio.sleep(FLUSH_EVERY)
+            if lines:
+                file.write(b"".join(lines))
+                lines.clear()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds")
+    parser.add_argument("--certificate", type=Path, required=True, help="PEM: key and chain")
+    parser.add_argument("--log", type=Path, required=True)
+    options = parser.parse_args()
+    uvloop.run(serve(options.delay, options.certificate, options.log))
+
+
+if __name__ == "__main__":
+    main()

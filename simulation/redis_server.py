@@ -1,0 +1,192 @@
+"""An in-process Redis that follows the virtual clock: fakeredis' data, with the agent's own scripts run as they are.
+
+One command after another, at once and undivided, as a real server does; no connection, no thread.
+Where fakeredis differs from the real servers in what the agent uses, it is put right here, each difference with
+its reason; `tests/integration/test_fake_redis.py` holds the two side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lupa.lua51 as lua_module
+import redis.exceptions as errors
+from fakeredis import _msgs as msgs
+from fakeredis._commands import COMMANDS_WITH_SUB
+from fakeredis._core import FakeServer
+from fakeredis._helpers import SimpleError, SimpleString, current_time
+from fakeredis._socket._fakesocket import FakeSocket
+from fakeredis.model import XStream
+from fakeredis.model._stream import StreamEntryKey, StreamGroup
+from redis.client import Redis as _ParsesErrors
+from redis.connection import DefaultParser
+
+Reply = Any
+Command = Sequence[bytes | str | int | float]
+
+VERSION = (7, 0, 15)
+
+
+class Group(StreamGroup):
+    """A group as the real servers keep it."""
+
+    def _calc_consumer_last_time(self) -> None:
+        """Nothing: when a consumer was last seen is set where it is seen, not worked out from what is pending."""
+
+
+class Server:
+    """The data of one Redis."""
+
+    def __init__(self, wall: Callable[[], float]) -> None:
+        self._wall = wall
+        self._fake = FakeServer(version=VERSION, server_type="redis")
+        self._socket = _Socket(self._fake, 0, client_class=_ParsesErrors, client_info={})
+        self._database = self._fake.dbs[0]
+        self._database.notify_watch = lambda key: None  # type: ignore[method-assign]  # nobody watches, no lock is held
+
+    def execute(self, *command: bytes | str | int | float) -> Reply:
+        """The reply; an error reply is raised as redis-py has it."""
+        name, args = _split([_encoded(word) for word in command])
+        self._database.time = self._wall()
+        function, signature = self._socket._name_to_func(name)
+        try:
+            signature.check_arity(args, VERSION)
+            reply = self._socket._run_command(function, signature, args, False)
+        except SimpleError as error:
+            reply = error
+        return _decoded(reply)
+
+    def stream(self, name: str) -> XStream | None:
+        """The stream itself, for those who watch; None where there is none."""
+        item = self._database.get(name.encode())
+        return item.value if item is not None and isinstance(item.value, XStream) else None
+
+    def forget_scripts(self) -> None:
+        self._fake.script_cache.clear()
+
+
+def _split(words: list[bytes]) -> tuple[str, list[bytes]]:
+    name = words[0].decode().lower()
+    if name in COMMANDS_WITH_SUB:
+        return f"{name} {words[1].decode().lower()}", words[2:]
+    return name, words[1:]
+
+
+def _encoded(word: bytes | str | int | float) -> bytes:
+    return word if isinstance(word, bytes) else str(word).encode()
+
+
+_parser = DefaultParser(socket_read_size=65536)
+
+
+def _decoded(reply: Any) -> Reply:
+    if isinstance(reply, SimpleError):
+        error = _parser.parse_error(reply.value)
+        assert isinstance(error, errors.RedisError)
+        raise error
+    if isinstance(reply, SimpleString):
+        return reply.value
+    if isinstance(reply, list):
+        return [_decoded(part) for part in reply]
+    return reply
+
+
+# -- Lua: one interpreter for all servers of this process, each script compiled once ------------------------
+
+
+class _Interpreter:
+    """Runs scripts on behalf of one socket at a time."""
+
+    def __init__(self) -> None:
+        self._lua = lua_module.LuaRuntime(encoding=None, unpack_returned_tuples=True)
+        self._chunks: dict[bytes, Any] = {}
+        self.socket: _Socket | None = None
+        self._commands: dict[tuple[bytes, bytes | None], tuple[Any, Any, int]] = {}
+        self._lua.execute(b"""
+            function make_redis(call, pcall)
+                redis = {call = call, pcall = pcall}
+                redis.error_reply = function(text) return {err = text} end
+                redis.status_reply = function(text) return {ok = text} end
+            end
+        """)
+        self._lua.globals()[b"make_redis"](self._call, self._pcall)
+        self.table = self._lua.table_from
+
+    def run(self, script: bytes, keys: Sequence[bytes], args: Sequence[bytes]) -> Any:
+        chunk = self._chunks.get(script)
+        if chunk is None:
+            # KEYS and ARGV as parameters instead of globals: nothing to set before each run.
+            chunk = self._chunks[script] = self._lua.execute(b"return function(KEYS, ARGV) " + script + b"\nend")
+        return chunk(self.table(keys), self.table(args))
+
+    def _call(self, *command: Any) -> Any:
+        socket = self.socket
+        assert socket is not None
+        name, args = _split([_lua_argument(word) for word in command])
+        function, signature = socket._name_to_func(name)
+        return self._to_lua(socket._run_command(function, signature, args, True))
+
+    def _pcall(self, *command: Any) -> Any:
+        try:
+            return self._call(*command)
+        except SimpleError as error:
+            return self.table({b"err": error.value.encode()})
+
+    def _to_lua(self, reply: Any) -> Any:
+        kind = type(reply)
+        if kind is bytes or kind is int:
+            return reply
+        if reply is None:
+            return False
+        if kind is list:
+            return self.table([self._to_lua(part) for part in reply])
+        if isinstance(reply, SimpleString):
+            return self.table({b"ok": reply.value})
+        if isinstance(reply, SimpleError):
+            raise reply
+        raise AssertionError(f"no such reply: {kind}")
+
+
+def _lua_argument(word: Any) -> bytes:
+    if type(word) is bytes:
+        return word
+    if type(word) is int or type(word) is float:
+        return b"%.17g" % word
+    raise SimpleError("ERR Lua redis lib command arguments must be strings or integers")
+
+
+_lua = _Interpreter()
+
+
+class _Socket(FakeSocket):  # type: ignore[misc]
+    """The commands, with what fakeredis does otherwise than the real servers put right."""
+
+    def eval(self, script: bytes, numkeys: int, *keys_and_args: bytes) -> Any:
+        self._server.script_cache[hashlib.sha1(script).hexdigest().encode()] = script
+        _lua.socket, self._script_resp = self, 2
+        try:
+            result = _lua.run(script, keys_and_args[:numkeys], keys_and_args[numkeys:])
+        except SimpleError:
+            raise  # as Redis 7 has it: the error of the command, whatever was written before stays
+        except lua_module.LuaError as error:
+            raise SimpleError(f"ERR {error}") from error
+        finally:
+            self._script_resp = None
+        return self._convert_lua_result(result, nested=False)
+
+    def evalsha(self, sha1: bytes, numkeys: int, *keys_and_args: bytes) -> Any:
+        script = self._server.script_cache.get(sha1)
+        if script is None:
+            raise SimpleError(msgs.NO_MATCHING_SCRIPT_MSG)
+        return self.eval(script, numkeys, *keys_and_args)
+
+
+def _add_group(self: XStream, name: bytes, last: StreamEntryKey, entries_read: int | None) -> None:
+    self._groups[name] = Group(self, name, last, entries_read)
+
+
+XStream.group_add = _add_group  # type: ignore[method-assign]
+
+__all__ = ["Command", "Reply", "Server", "current_time"]

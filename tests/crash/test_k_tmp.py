@@ -1,0 +1,69 @@
+"""Laws under SIGSTOP: a process that slept through its turn changes nothing when it wakes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from redis.asyncio import Redis
+
+from sandbox.control_plane import ControlPlane
+from tests.crash.conftest import VISIBILITY
+from tests.services import STREAMS, ServiceProcess, Services, drained, figures_of
+from tests.support import eventually
+
+STREAM = STREAMS["session_notifier"]
+
+
+async def active(redis: Redis, notifiers: list[ServiceProcess]) -> ServiceProcess | None:
+    """The notifier that has the turn."""
+    holder = await redis.get(STREAM.turn_key)
+    return next((one for one in notifiers if holder and one.consumer == holder.decode()), None)
+
+
+async def sessions_without_end(redis: Redis, enough: asyncio.Event) -> int:
+    """Writes sessions that complete soon after they have started; returns how many."""
+    started: range = range(0)
+    while started or not enough.is_set():
+        starting = range(started.stop, started.stop + (0 if enough.is_set() else 10))
+        async with redis.pipeline(transaction=False) as pipe:
+            for event_type, numbers in (("complete", started), ("start", starting)):
+                for number in numbers:
+                    event = {"api_session_id": f"session-{number}", "customer_id": "customer-1"}
+                    event |= {"event_type": event_type, "timestamp": "2026-01-31T08:00:00Z"}
+                    pipe.xadd(STREAM.name, {"data": json.dumps(event)})
+            await pipe.execute()
+        started = starting
+        await asyncio.sleep(0.02)
+    return started.stop
+
+
+async def test_an_active_notifier_that_sleeps_longer_than_its_turn_inverts_no_session(
+    services: Services, control_plane: ControlPlane, redis: Redis
+) -> None:
+    notifiers = [services.start("session_notifier") for _ in range(2)]
+    await asyncio.gather(*(notifier.ready() for notifier in notifiers))
+    control_plane.fault("latency", "start", seconds=0.1)  # so that a complete always has a start to overtake
+    enough = asyncio.Event()
+    traffic = asyncio.create_task(sessions_without_end(redis, enough))
+    for taken in (1, 2, 3):
+        holder = await eventually(lambda: active(redis, notifiers))
+        await control_plane.until_arrived(control_plane.requests["*"] + 100)
+        holder.pause()
+        (other,) = (one for one in notifiers if one is not holder)
+        await eventually(
+            lambda: len(other.lines("turn.taken")) > (taken - 1) // 2,  # noqa: B023
+            within=3 * VISIBILITY,
+        )
+        await control_plane.until_arrived(control_plane.requests["*"] + 100)
+        holder.resume()
+        await eventually(lambda: len(holder.lines("turn.lost")) > (taken - 1) // 2)  # noqa: B023
+        await control_plane.until_arrived(control_plane.requests["*"] + 100)
+    raise AssertionError("on purpose")
+    sessions = await traffic
+    await eventually(lambda: drained(redis, "session_notifier"))
+    stats = control_plane.stats()
+    assert stats.order_violations == 0
+    assert (stats.recorded["start"], stats.recorded["complete"]) == (sessions, sessions)
+    figures = await figures_of(redis, "session_notifier")
+    assert (figures.dead, figures.imbalance) == ({}, 0)
