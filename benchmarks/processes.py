@@ -19,19 +19,18 @@ TICKS = os.sysconf("SC_CLK_TCK")
 CPU_EVERY, PSS_EVERY = 0.05, 0.5
 
 
-class Ended(Exception):
+class Ended(RuntimeError):
     """A process ended although it was to run on."""
 
 
 class Process:
     """A child in a session of its own, with its output in a file."""
 
-    def __init__(
-        self, argv: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, argv: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.log = log
         self.begun = time.time()
         env = {**os.environ, **(environment or {})}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling at every start would be measured too
         with log.open("wb") as output:
             self._popen = subprocess.Popen(
                 argv, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True

@@ -12,6 +12,7 @@ import ssl
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import uvloop
 
@@ -34,16 +35,15 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.WriteTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast(
+            asyncio.WriteTransport, transport
+        )  # uvloop's TLS transport is one by its manner
 
     def data_received(self, data: bytes) -> None:
         self._received += data
         while (head_end := self._received.find(b"\r\n\r\n")) >= 0:
-            head = dict(
-                line.lower().split(b": ", 1) if line.count(b": ") else (line, b"")
-                for line in self._received[:head_end].split(b"\r\n")[1:]
-            )
+            lines = self._received[:head_end].lower().split(b"\r\n")[1:]
+            head = {name: value for name, _, value in (line.partition(b": ") for line in lines)}
             length = int(head.get(b"content-length", b"0"))
             if len(self._received) < head_end + 4 + length:
                 return

@@ -64,6 +64,11 @@ def medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: median(run[name] for run in runs) for name in runs[0]}
 
 
+def paired_ratio(these: Sequence[dict[str, float]], those: Sequence[dict[str, float]], figure: str) -> float:
+    """The median over the rounds of these by those: both of one round had the same machine."""
+    return median(a[figure] / b[figure] for a, b in zip(these, those, strict=True))
+
+
 def histogram(values: Sequence[float], bounds: Sequence[float]) -> list[int]:
     """How many values fall below each bound and not below the one before it; the last: above all."""
     counts = [0] * (len(bounds) + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from benchmarks import load
@@ -76,7 +76,7 @@ def figures_of(receiver: Receiver, sampler: Sampler, records: int) -> Figures:
     }
 
 
-def checking(processes: Iterable[Process]):  # type: ignore[no-untyped-def]
+def checking(processes: Sequence[Process]) -> Callable[[], None]:
     """Raises when one of them has ended."""
 
     def check() -> None:

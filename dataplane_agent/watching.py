@@ -39,30 +39,38 @@ class Watcher:
         self._show = show
         self._known: set[str] = set()
         self.over = asyncio.Event()
+        self.ready_seconds: dict[str, float] = {}
+        """Of each service, what its first process says: from its fork until it was ready."""
         self.most = MemorySample()
         """The sample in which the four took most."""
 
     async def run(self) -> None:
         """Until it is `over`."""
         while not self.over.is_set():
-            snapshot = await status.read(self._redis, self._stage.settings)
-            stats = await self._stage.control_plane.stats()
-            self._look_for_new_processes(snapshot)
-            self._weigh(snapshot)
-            self._show.scene(
-                Scene(
-                    snapshot=snapshot,
-                    produced=sum(sum(server.stats().produced.values()) for server in self._servers),
-                    recorded=sum(stats.recorded.values()),
-                    control_plane_is_up=not stats.outage,
-                )
-            )
+            await self._look()
             await asyncio.sleep(WATCH_EVERY)
+        await self._look()  # the last picture is the final one
 
-    def _look_for_new_processes(self, snapshot: Snapshot) -> None:
+    async def _look(self) -> None:
+        snapshot = await status.read(self._redis, self._stage.settings)
+        stats = await self._stage.control_plane.stats()
+        self._look_at_processes(snapshot)
+        self._weigh(snapshot)
+        self._show.scene(
+            Scene(
+                snapshot=snapshot,
+                produced=sum(sum(server.stats().produced.values()) for server in self._servers),
+                recorded=sum(stats.recorded.values()),
+                control_plane_is_up=not stats.outage,
+            )
+        )
+
+    def _look_at_processes(self, snapshot: Snapshot) -> None:
         for process in snapshot.processes:
             if self._known and process.field not in self._known:
                 self._show.event(f"{process.service} is back as process {process.pid}")
+            if process.ready_seconds is not None:
+                self.ready_seconds.setdefault(process.service, process.ready_seconds)
         self._known.update(process.field for process in snapshot.processes)
 
     def _weigh(self, snapshot: Snapshot) -> None:

@@ -57,6 +57,8 @@ class Traffic(msgspec.Struct, frozen=True):
     malformed: float = 0.0
     """The share of entries that no agent can read."""
     seed: int = 0
+    uses: tuple[int, int] = (1, 12)
+    """Usage records of a session, at least and at most."""
 
 
 class Stats(msgspec.Struct, frozen=True):
@@ -111,12 +113,18 @@ DAMAGE: dict[str, Callable[[bytes], Fields]] = {
 class Session:
     """One session's script: what it says next."""
 
-    def __init__(self, session_id: str, random: Random, now: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        session_id: str,
+        random: Random,
+        now: Callable[[], datetime],
+        uses: tuple[int, int] = Traffic().uses,
+    ) -> None:
         self.id = session_id
         self.started = self.completed = False
         self._random, self._now = random, now
         self._customer = random.choice(("customer", "Kundin ß", "顧客")) + f"-{random.randrange(100):02}"
-        self._uses_left = random.randint(1, 12)
+        self._uses_left = random.randint(*uses)
         self._quota_seconds = random.uniform(30, 600)
         self._audio_seconds = 0.0
         self._requests = 0
@@ -215,7 +223,17 @@ class Grants:
 
     @property
     def excess(self) -> int:
-        return sum(max(0, len(self._came.get(key, ())) - most) for key, most in self._most.items())
+        return self.excess_but(())
+
+    def excess_but(self, forgotten: Sequence[float]) -> int:
+        """The excess, with one grant more excused for each of these times at which Redis forgot what it had."""
+        excess = 0
+        for key, most in self._most.items():
+            came = self._came.get(key, [])
+            if len(came) > most:
+                excused = sum(came[0] < at < came[-1] for at in forgotten)
+                excess += max(0, len(came) - most - excused)
+        return excess
 
     def seconds(self) -> list[float]:
         """From XADD to the first grant, sorted; the grants of other servers are theirs."""
@@ -285,6 +303,10 @@ class AudioAPIServer:
             grants_unreadable=self._unreadable_grants,
             grant_seconds=percentiles(seconds),
         )
+
+    def second_grants(self, forgotten: Sequence[float]) -> int:
+        """Grants in excess, but for those that follow from a Redis that lost what it knew, at these times (clock)."""
+        return self._grants.excess_but(forgotten)
 
     async def _produce(self, end: float, stop: asyncio.Event) -> None:
         """As many entries as the rate makes due; after a pause it catches up one second, not all of it."""
@@ -367,7 +389,8 @@ class AudioAPIServer:
         )
 
     def _new_session(self) -> Session:
-        return Session(f"session-{self._run_id}-{next(self._numbers)}", self._random, self._now)
+        session_id = f"session-{self._run_id}-{next(self._numbers)}"
+        return Session(session_id, self._random, self._now, self.traffic.uses)
 
     async def _write_malformed(self, number: int) -> None:
         """Written past the producer, which would refuse them; not repeated."""

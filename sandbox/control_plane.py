@@ -106,6 +106,7 @@ class ControlPlane:
         self._context: ssl.SSLContext | None = None
         self._listener: asyncio.Server | None = None
         self._outage: asyncio.Task[None] | None = None
+        self._showing: asyncio.Task[None] | None = None
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self.requests: Counter[str] = Counter()
         """Requests by endpoint, and all of them as `*`."""
@@ -134,8 +135,9 @@ class ControlPlane:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._outage is not None:
-            self._outage.cancel()
+        for task in (self._outage, self._showing):
+            if task is not None:
+                task.cancel()
         self.faults.clear()
         await self._stack.aclose()
 
@@ -169,6 +171,9 @@ class ControlPlane:
         """Close the port, and every connection without a word."""
         if self._listener is not None:
             self._listener.close()
+        self._cut_connections()
+
+    def _cut_connections(self) -> None:
         server = self._runner.server
         assert server is not None
         for connection in server.connections:
@@ -186,6 +191,8 @@ class ControlPlane:
         if fault.kind == "outage" and not self.down:
             self._cut_off()
             self._outage = asyncio.create_task(self._stay_away())
+        if fault.kind == "certificate":
+            self._show(fault)
         return fault
 
     def clear_faults(self) -> None:
@@ -214,6 +221,23 @@ class ControlPlane:
             if self.faults.outage is None:
                 return
             self._cut_off()
+
+    def _show(self, fault: Fault) -> None:
+        assert self._context is not None, "without TLS there is no certificate"
+        if self._showing is not None:
+            self._showing.cancel()
+        self.authority.show(self._context, self._names, fault.certificate)
+        self._cut_connections()
+        if fault.certificate == "renewed":
+            self.faults.drop(fault)
+        else:
+            self._showing = asyncio.create_task(self._show_until_lifted(fault, self._context))
+
+    async def _show_until_lifted(self, fault: Fault, context: ssl.SSLContext) -> None:
+        await self.faults.lifted(fault.seconds)
+        self.faults.drop(fault)
+        self.authority.show(context, self._names)
+        self._cut_connections()
 
     @property
     def down(self) -> bool:
@@ -360,11 +384,20 @@ class ControlPlane:
                 return web.Response(status=200, content_type="application/json")
             case "status":
                 return self._failed(fault)
-            case "outage":
+            case "half_answer":
+                return await _halved(request)
+            case "close":
+                if request.transport is not None:
+                    wait = fault.seconds if fault.seconds is not None else 0.02
+                    asyncio.get_running_loop().call_later(wait, request.transport.close)
+                return None
+            case "outage" | "certificate":
                 return None
 
     def _failed(self, fault: Fault) -> web.Response:
         headers = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
+        if fault.status == 204:
+            return web.Response(status=204, headers=headers)
         if isinstance(fault.body, str):
             return web.Response(status=fault.status, text=fault.body, headers=headers)
         body = fault.body or {"success": False, "error": "fault", "detail": "asked for by the sandbox"}
@@ -403,6 +436,15 @@ def _cut(request: web.Request) -> web.Response:
     if request.transport is not None:
         request.transport.abort()
     return web.Response(status=500)
+
+
+async def _halved(request: web.Request) -> web.Response:
+    """Begin a good answer, and close the connection in the middle of it."""
+    answer = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "200"})
+    await answer.prepare(request)
+    await answer.write(b'{"success": true, "data": {"transaction_')
+    await asyncio.sleep(0.01)  # it is on its way before the connection is gone
+    return _cut(request)
 
 
 def _json(status: int, body: Any, headers: dict[str, str] | None = None) -> web.Response:

@@ -9,9 +9,13 @@
     redirect     307 to another place
     wrong_json   200 and JSON that is no object
     empty_200    200 and no body
+    half_answer  200, and the connection closed in the middle of the body
+    close        a good answer, and the connection closed soon after it, without a word
     outage       refuse connections for `seconds`: the port is closed, what was connected is cut off
+    certificate  show another one for `seconds`: `expired`, of a `foreign` authority, or `renewed` for good;
+                 what was connected is cut off, so that it is seen
 
-`stored` says that the fault strikes after the record was stored; `drop_after` always does.
+`stored` says that the fault strikes after the record was stored; `drop_after` and `close` always do.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from sandbox.tls import Certificate
+
 Kind = Literal[
     "latency",
     "status",
@@ -34,8 +40,14 @@ Kind = Literal[
     "redirect",
     "wrong_json",
     "empty_200",
+    "half_answer",
+    "close",
     "outage",
+    "certificate",
 ]
+
+PLACES = ("outage", "certificate")
+"""These strike the place that is connected to, not one request or another."""
 
 
 class Fault(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -51,10 +63,11 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     count: Annotated[int, Meta(ge=0)] | None = None
     sessions: list[str] | None = None
     stored: bool = False
+    certificate: Certificate = "expired"
 
     def __post_init__(self) -> None:
         self.endpoint = self.endpoint.replace("-", "_")
-        if self.kind == "drop_after":
+        if self.kind in ("drop_after", "close"):
             self.stored = True
 
 
@@ -111,7 +124,7 @@ class Faults:
         return struck
 
     def _strikes(self, rule: Fault, endpoint: str, session_id: str | None) -> bool:
-        if rule.kind == "outage" or rule.count == 0 or rule.endpoint not in ("*", endpoint):
+        if rule.kind in PLACES or rule.count == 0 or rule.endpoint not in ("*", endpoint):
             return False
         if rule.sessions is not None and session_id not in rule.sessions:
             return False

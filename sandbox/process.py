@@ -114,9 +114,20 @@ class ControlPlaneProcess:
         """SIGTERM, and wait for the end."""
         await self._end(signal.SIGTERM)
 
-    async def _end(self, how: signal.Signals) -> None:
+    def pause(self) -> None:
+        """SIGSTOP: connections are still accepted, by the kernel, and nobody answers."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.returncode is None:
-            self._process.send_signal(how)
+            self._process.send_signal(number)
+
+    async def _end(self, how: signal.Signals) -> None:
+        if self._process is not None:
+            self._signal(how)
             await self._process.wait()
 
     async def close(self) -> None:
@@ -139,6 +150,10 @@ class ControlPlaneProcess:
         """Put one fault in force (fields of sandbox.faults.Fault)."""
         await self._call("POST", "/sandbox/faults", object, {"kind": kind, "endpoint": endpoint, **fields})
 
+    async def put_faults(self, rules: Sequence[dict[str, Any]]) -> None:
+        """Put these rules in force, and no others."""
+        await self._call("PUT", "/sandbox/faults", object, rules)
+
     async def outage(self, seconds: float | None = None) -> None:
         """Refuse connections from now on, for `seconds` or until the faults are cleared."""
         await self.fault("outage", seconds=seconds)
@@ -152,6 +167,13 @@ class ControlPlaneProcess:
     async def accept_keys(self, *api_keys: str) -> None:
         """Accept these API keys and no others."""
         await self._call("PUT", "/sandbox/api-keys", object, {"api_keys": api_keys})
+
+    async def change_key(self) -> str:
+        """Accept a new API key alone, also after a restart; returns it."""
+        self.api_key = secrets.token_urlsafe(24)
+        write_secret(self._key_file, self.api_key.encode())
+        await self.accept_keys(self.api_key)
+        return self.api_key
 
     async def enqueue(self, command: Command) -> dict[str, Any]:
         return await self._call("PUT", "/sandbox/commands", dict[str, Any], command)

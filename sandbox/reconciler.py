@@ -5,7 +5,7 @@ Every produced entry is in exactly one place:
     in Redis, in the twin group            dead, by reason
     in Redis, pending or not yet read      pending, backlog
     gone from Redis, id recorded           delivered
-    gone from Redis, id not recorded       lost
+    gone from Redis, id not recorded       lost, or `removed` where a book of what others removed names it
 
 `reconcile` is a pure function over the books. Each book has a small reader; read while traffic flows, they
 agree only in this order: produced, Redis, ControlPlane. What an operator discarded looks lost: discarding
@@ -18,7 +18,7 @@ import argparse
 import asyncio
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -61,6 +61,8 @@ class StreamReconciliation(msgspec.Struct):
     """XADDs whose reply was lost, and of which nothing arrived: they may or may not have happened."""
     foreign: int = 0
     """Entries in Redis that no book of the producers knows."""
+    removed: int = 0
+    """Entries that somebody else took away before they were delivered, as a book of removals has it."""
     lost: list[str] = msgspec.field(default_factory=list)
     billed_twice: list[str] = msgspec.field(default_factory=list)
     out_of_order: list[str] = msgspec.field(default_factory=list)
@@ -133,7 +135,9 @@ class Reconciliation(msgspec.Struct):
         figures = {name: str(self.total(name)) for name in ("produced", "delivered", "duplicates")}
         figures["dead"] = _by_reason(self.dead())
         figures |= {name: str(self.total(name)) for name in ("pending", "backlog")}
-        figures |= {name: str(count) for name in ("uncertain", "foreign") if (count := self.total(name))}
+        figures |= {
+            name: str(count) for name in ("uncertain", "foreign", "removed") if (count := self.total(name))
+        }
         for name in WRONGS:
             found = self.wrong(name)
             if found or name in ALWAYS_SHOWN:
@@ -147,8 +151,12 @@ def reconcile(
     control_plane: ControlPlaneBook,
     redis: Mapping[str, Holding],
     grants: Grants | None = None,
+    removed: Collection[tuple[str, str]] = frozenset(),
 ) -> Reconciliation:
-    """Compare the books; without `grants` the response stream is not looked at."""
+    """Compare the books; without `grants` the response stream is not looked at.
+
+    `removed`: stream and entry id of what somebody else took away.
+    """
     rows: dict[str, list[Row]] = defaultdict(list)
     for row in produced:
         rows[row.stream].append(row)
@@ -157,14 +165,15 @@ def reconcile(
     streams = {}
     for name in sorted({*rows, *redis}):
         stream = StreamReconciliation(name)
-        _place(stream, rows[name], redis.get(name) or Holding(), recorded)
+        _place(stream, rows[name], redis.get(name) or Holding(), recorded, removed)
         kinds = {RECORD_KIND[row.kind] for row in rows[name]}
         _judge_strangers(stream, rows[name], recorded.strangers(kinds, produced_ids), recorded)
         _judge_arrivals(stream, rows[name], kinds, control_plane.arrivals)
         _judge_content(stream, rows[name], recorded)
         _judge_order(stream, rows[name], recorded)
         if "refresh" in kinds:
-            _judge_grants(stream, rows[name], redis.get(name) or Holding(), recorded, grants)
+            kept = [row for row in rows[name] if (name, row.entry_id) not in removed]
+            _judge_grants(stream, kept, redis.get(name) or Holding(), recorded, grants)
         streams[name] = stream
     return Reconciliation(streams)
 
@@ -187,7 +196,13 @@ class _Recorded:
         ]
 
 
-def _place(stream: StreamReconciliation, rows: list[Row], holding: Holding, recorded: _Recorded) -> None:
+def _place(
+    stream: StreamReconciliation,
+    rows: list[Row],
+    holding: Holding,
+    recorded: _Recorded,
+    removed: Collection[tuple[str, str]],
+) -> None:
     """Find every produced entry's one place."""
     contents = _contents(rows)
     for row in rows:
@@ -212,6 +227,8 @@ def _place(stream: StreamReconciliation, rows: list[Row], holding: Holding, reco
             stream.delivered += 1
             if row.expected == "invalid":
                 stream.unexpected_delivered.append(_name(row))
+        elif (stream.stream, id) in removed:
+            stream.removed += 1
         else:
             stream.lost.append(_name(row))
     known = {row.entry_id for row in rows}

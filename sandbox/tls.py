@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import trustme
+
+Certificate = Literal["renewed", "expired", "foreign"]
+"""What a server can show: a new one, one of yesterday, one of an authority that nobody trusts."""
 
 
 class Authority:
@@ -26,11 +31,23 @@ class Authority:
     def server_context(self, names: Sequence[str], *, client_certificates: bool = False) -> ssl.SSLContext:
         """A context that answers to `names`; with `client_certificates` only this CA's clients get in."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        self._ca.issue_cert(*names).configure_cert(context)
+        # Nobody resumes a session: whoever connects looks at the certificate.
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
+        self.show(context, names)
         if client_certificates:
             self._ca.configure_trust(context)
             context.verify_mode = ssl.CERT_REQUIRED
         return context
+
+    def show(
+        self, context: ssl.SSLContext, names: Sequence[str], certificate: Certificate = "renewed"
+    ) -> None:
+        """From the next connection on, the server shows another certificate."""
+        authority = trustme.CA(organization_name="Somebody else") if certificate == "foreign" else self._ca
+        yesterday = datetime.now(UTC) - timedelta(days=1)
+        until = yesterday if certificate == "expired" else None
+        authority.issue_cert(*names, not_after=until).configure_cert(context)
 
     def issue_client(self, cert_file: Path, key_file: Path) -> None:
         """Write a client certificate and its key as PEM files."""

@@ -153,7 +153,7 @@ class Network:
             reply = self.server.execute(*plain)
         except errors.RedisError as error:
             reply = error
-        if block is not None and reply is None:
+        if block is not None and not reply:
             self._waiting[future] = (process, command)
             self._loop.in_world(block, self._answer, process, name, future, None, connection)
             return
@@ -170,7 +170,7 @@ class Network:
         """Something was added: whoever waits at the doorbell looks again."""
         for future, (process, command) in list(self._waiting.items()):
             reply = self.server.execute(*_blocking(command)[1])
-            if reply is not None:
+            if reply:
                 del self._waiting[future]
                 self._loop.in_world(
                     self._delay(), self._answer, process, "XREAD", future, reply, self._connections

@@ -8,6 +8,7 @@ its reason; `tests/integration/test_fake_redis.py` holds the two side by side.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,13 +106,14 @@ class _Interpreter:
         self.socket: _Socket | None = None
         self._commands: dict[tuple[bytes, bytes | None], tuple[Any, Any, int]] = {}
         self._lua.execute(b"""
-            function make_redis(call, pcall)
+            function make_redis(call, pcall, decode)
                 redis = {call = call, pcall = pcall}
+                cjson = {decode = decode}
                 redis.error_reply = function(text) return {err = text} end
                 redis.status_reply = function(text) return {ok = text} end
             end
         """)
-        self._lua.globals()[b"make_redis"](self._call, self._pcall)
+        self._lua.globals()[b"make_redis"](self._call, self._pcall, self._decode)
         self.table = self._lua.table_from
 
     def run(self, script: bytes, keys: Sequence[bytes], args: Sequence[bytes]) -> Any:
@@ -133,6 +135,17 @@ class _Interpreter:
             return self._call(*command)
         except SimpleError as error:
             return self.table({b"err": error.value.encode()})
+
+    def _decode(self, text: bytes) -> Any:
+        """cjson.decode, for flat objects."""
+        document: dict[str, Any] = json.loads(text)
+        return self.table(
+            {
+                name.encode(): value.encode() if isinstance(value, str) else value
+                for name, value in document.items()
+                if value is not None
+            }
+        )
 
     def _to_lua(self, reply: Any) -> Any:
         kind = type(reply)

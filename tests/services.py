@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
-from contextlib import suppress
-from typing import Any, Protocol, Self
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Protocol, Self, TypeVar
 
 import msgspec
 from redis.asyncio import Redis
@@ -26,6 +26,8 @@ from sandbox.ledger import ControlPlaneBook
 from sandbox.reconciler import Reconciliation, reconcile
 from sandbox.redis_book import read_grants, read_redis
 from tests.support import eventually
+
+T = TypeVar("T")
 
 _NAMES = Streams()
 STREAMS = {
@@ -70,7 +72,9 @@ class ServiceProcess:
             "monitoring__health_check_port": 0,
             **overrides,
         }
-        self.environ = {name: value for name, value in os.environ.items() if not name.startswith("DATAPLANE_")}
+        self.environ = {
+            name: value for name, value in os.environ.items() if not name.startswith("DATAPLANE_")
+        }
         self.environ |= {
             f"DATAPLANE_{key.upper()}": str(value) for key, value in settings.items() if value is not None
         }
@@ -182,9 +186,7 @@ class Services:
     What they logged last is printed then, which pytest shows where a test has failed.
     """
 
-    def __init__(
-        self, redis_port: int, control_plane: Reachable, **settings: str | float | None
-    ) -> None:
+    def __init__(self, redis_port: int, control_plane: Reachable, **settings: str | float | None) -> None:
         self._redis_port, self._control_plane, self._settings = redis_port, control_plane, settings
         self.started: list[ServiceProcess] = []
 
@@ -204,6 +206,17 @@ class Services:
         )
         self.started.append(service)
         return service.start()
+
+
+@asynccontextmanager
+async def meanwhile(coroutine: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
+    """Runs beside the block; where a test fails, it ends while what it talks to is still there."""
+    task = asyncio.create_task(coroutine)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 # -- what has to add up ------------------------------------------------------------------------------------

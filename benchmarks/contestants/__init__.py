@@ -51,7 +51,9 @@ class Contestant:
         if self.loads is None:
             load.fill(lab.redis, records, self.sessions or sessions, field=self.entry_field)
             return
-        with lab.start([sys.executable, "-m", self.loads, str(records)], self._environment(lab, url)) as loader:
+        with lab.start(
+            [sys.executable, "-m", self.loads, str(records)], self._environment(lab, url)
+        ) as loader:
             loader.finish()
 
     def start(self, lab: Lab, url: str) -> list[Process]:

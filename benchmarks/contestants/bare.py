@@ -38,7 +38,7 @@ async def main() -> None:
                 raise RuntimeError(f"answered {response.status}")
 
     while True:
-        read = await redis.xreadgroup(GROUP, CONSUMER, {USAGE: ">"}, count=READ, block=1000)
+        read: Any = await redis.xreadgroup(GROUP, CONSUMER, {USAGE: ">"}, count=READ, block=1000)
         for _, rows in read:
             waiting = deque(rows)
             await asyncio.gather(*(work(waiting) for _ in range(IN_FLIGHT)))

@@ -33,9 +33,11 @@ Post = Callable[[bytes, dict[str, str]], Awaitable[int]]
 posts: list[Post] = []
 
 
-@broker.subscriber(stream=stream)
 async def forward(records: list[dict[str, Any]]) -> None:
     await asyncio.gather(*(deliver(record) for record in records))
+
+
+broker.subscriber(stream=stream)(forward)
 
 
 async def deliver(record: dict[str, Any]) -> None:

@@ -19,21 +19,21 @@ context = ssl.create_default_context(cafile=CA)
 clients: list[httpx.AsyncClient] = []
 
 
-@broker.task(task_name="forward")
 async def forward(usage: dict[str, Any]) -> None:
     if not clients:
-        clients.append(
-            httpx.AsyncClient(verify=context, limits=httpx.Limits(max_connections=IN_FLIGHT))
-        )
+        clients.append(httpx.AsyncClient(verify=context, limits=httpx.Limits(max_connections=IN_FLIGHT)))
     headers = {**HEADERS, "Idempotency-Key": usage["transaction_id"]}
     response = await clients[0].post(URL, content=json.dumps(usage).encode(), headers=headers)
     response.raise_for_status()
 
 
+forward_task = broker.task(task_name="forward")(forward)
+
+
 async def queue(number: int) -> None:
     await broker.startup()
     for n in range(number):
-        await forward.kiq(json.loads(record(n)))
+        await forward_task.kiq(json.loads(record(n)))
     await broker.shutdown()
 
 

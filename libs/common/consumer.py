@@ -131,11 +131,15 @@ class Consumer:
             while not self._stopped:
                 try:
                     await self._prepare()
-                    rows = await self._intake(await self._room())
-                    await self._hand_on(rows)
-                    if not rows:
-                        await self._doorbell()
+                    if room := await self._room():
+                        rows = await self._intake(room)
+                        if self.turn is not None and self.turn.era != self._era:
+                            continue  # it comes again with all that is pending, in order
+                        await self._hand_on(rows)
+                        if not rows:
+                            await self._doorbell()
                 except RedisFault as fault:
+                    self._orphans = True  # what it read or took may be ours without our knowing
                     await self._back_off(fault)
                 except TurnLost:
                     self._lose_turn()
@@ -156,28 +160,27 @@ class Consumer:
             self.ready_at = self._clock()
 
     async def _room(self) -> int:
-        """Waits until reading is worth it; returns for how many entries there is room."""
+        """For how many entries there is room; 0 after a wait for it, so that groups and turn are looked at again."""
         limits, hand = self._limits, self.hand
         enough = max(1, min(limits.read_count, limits.capacity // 4))
-        while True:
-            self.settlement.ended.clear()
-            free = limits.capacity - hand.active
-            if free >= enough and hand.bytes < MAX_BYTES and hand.parked < MAX_PARKED:
-                if self._gate.open:
-                    return min(limits.read_count, free)
-                if self._gate.permits() > 0 and not hand.active:
-                    return 1  # half-open: one entry may be read, to see whether the ControlPlane is back
-            with self._cut_short_by_stop():
-                if self._gate.open or self._gate.permits() > 0:
-                    await within(limits.doorbell, self.settlement.ended.wait())
-                else:
-                    await self._gate.wait()
+        self.settlement.ended.clear()
+        free = limits.capacity - hand.active
+        if free >= enough and hand.bytes < MAX_BYTES and hand.parked < MAX_PARKED:
+            if self._gate.open:
+                return min(limits.read_count, free)
+            if self._gate.permits() > 0 and not hand.active:
+                return 1  # half-open: one entry may be read, to see whether the ControlPlane is back
+        shut = not self._gate.open and self._gate.permits() <= 0
+        with self._cut_short_by_stop():
+            await within(limits.doorbell, self._gate.wait() if shut else self.settlement.ended.wait())
+        return 0
 
     async def _intake(self, room: int) -> list[Row]:
         """What others left, when it is time to look; else what is new."""
         if self._reclaimer.due_in <= 0:
             await self._lease.catch_up()
-            if rows := await self._reclaimer.take(room):
+            fits = max(1, (MAX_BYTES - self.hand.bytes) // MAX_ENTRY_BYTES)
+            if rows := await self._reclaimer.take(min(room, fits)):
                 self._tally.claimed_entries(len(rows))
                 return rows
         return await self._read(room)
@@ -186,13 +189,11 @@ class Consumer:
         stream = self.stream
         keys = [stream.name, stream.turn_key] if self.turn else [stream.name]
         most = max(MAX_ENTRY_BYTES, MAX_BYTES - self.hand.bytes)
-        self._orphans = True  # until the reply is here, nobody knows what was delivered
         reply = await self._scripts.run(
             "read",
             keys,
             [stream.group, stream.dead_group, self.name, room, most, MAX_ENTRY_BYTES, self._token],
         )
-        self._orphans = False
         self._redis_state.answered()
         if reply[0] == -1:
             raise TurnLost
@@ -220,7 +221,9 @@ class Consumer:
     async def _make_groups(self) -> None:
         stream = self.stream
         live, twin, anew = await self._scripts.run(
-            "make_groups", [stream.name, stream.ledger_key], [stream.group, stream.dead_group, GREATEST_ID]
+            "make_groups",
+            [stream.name, stream.ledger_key, stream.dead_key],
+            [stream.group, stream.dead_group, GREATEST_ID],
         )
         self._groups_made = True
         if live or twin:
@@ -229,14 +232,13 @@ class Consumer:
 
     async def _take_turn(self, turn: Turn) -> None:
         """Waits for the turn; a new holder first takes all that is pending, in order, before it reads."""
-        if self._era and self._era != turn.era:
-            self._lose_turn()
         if self.ready_at is None:
             self.ready_at = self._clock()  # who waits for the turn is ready
         with self._cut_short_by_stop():
             await turn.taken.wait()
         if self._era != turn.era:
             era = turn.era
+            self._let_go()  # what is left of an earlier turn comes again, with all that others have changed
             rows = await self._reclaimer.take_all()
             self._tally.claimed_entries(len(rows))
             await self._hand_on(rows)
@@ -247,6 +249,9 @@ class Consumer:
         """The turn is somebody else's: what is in hand is delivered by the successor, in order."""
         assert self.turn is not None
         self.turn.lose()
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._era = 0
         self.delivery.forget()
         self.settlement.forget()

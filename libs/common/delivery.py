@@ -34,6 +34,9 @@ DOORBELL = 2.0
 HELD_AGAIN_AFTER = 1.0
 """Seconds before an entry is tried again that was held although the gate has opened meanwhile."""
 
+UNWRITTEN = float("-inf")
+"""`leased_at` of an entry whose delivery count has changed and goes to Redis with the next renewal."""
+
 
 class Handler(Protocol):
     """What one service does with the entries of its stream."""
@@ -110,6 +113,7 @@ class Delivery:
         self._lanes = _lanes(handler, hand)
         self.parking = Parking(self._wake, clock)
         self._suspects: deque[Entry] = deque()
+        self._one_suspect = asyncio.Lock()
         self._alone = False  # a suspect is being delivered, and nothing else
         self._quieting = False  # a suspect waits for the requests in flight to end
         self._stopped = False
@@ -152,6 +156,7 @@ class Delivery:
         gone = {id(entry) for entry in waiting}
         self._suspects = deque(entry for entry in self._suspects if id(entry) not in gone)
         self.hand.drop(entries)
+        self.call(len(entries))  # what waited behind them may go
         self._log.warning(
             "entries.lost", ids=[entry.id.decode() for entry in entries[:20]], count=len(entries)
         )
@@ -173,29 +178,44 @@ class Delivery:
             await within(until - self._clock(), self._quiet.wait())
         for slot in self._slots:
             slot.cancel()
+        for entry in self.hand:
+            if entry.in_flight and entry.suspect:
+                entry.deliveries -= 1  # the process stops, it does not die of this entry
         if self._reopening is not None:
             self._reopening.cancel()
 
     # -- reading an entry ----------------------------------------------------------------------------
 
     def _enqueue(self, entry: Entry) -> None:
-        dead = self._decode(entry)
+        self._route(entry, self._decode(entry))
+
+    def _route(self, entry: Entry, dead: Dead | None) -> None:
         if dead is not None:
             self.settlement.died(entry, dead)
         else:
             self._lanes.push(entry)
 
     async def _enqueue_suspect(self, entry: Entry) -> None:
-        """To take its place in its lane a suspect has to be read first, which may be what kills: so the count
-        is written before, and taken back after."""
-        entry.deliveries += 1
-        if await self.settlement.renew([entry]):
-            self.lost([entry])
-            return
-        if await self._read_fields(entry):
-            entry.deliveries -= 1
-            await self.settlement.renew([entry])
-            self._enqueue(entry)
+        """To take its place in its lane a suspect has to be read and decoded first, which may be what kills: so the
+        count is written before, and taken back after. No other suspect is delivered meanwhile, or both would count."""
+        async with self._one_suspect:
+            if self._is_poison(entry):
+                return
+            proven = entry.deliveries
+            try:
+                entry.deliveries += 1
+                if await self.settlement.renew([entry]):
+                    self.lost([entry])
+                    return
+                if not await self._read_fields(entry):
+                    return
+                dead = self._decode(entry)
+                entry.deliveries = proven
+                await self.settlement.renew([entry])
+            except RedisFault:
+                self.hand.drop([entry])  # the loop finds it again, as delivered to nobody
+                raise
+        self._route(entry, dead)
 
     async def _read_fields(self, entry: Entry) -> bool:
         """Fetches what a suspect came without; False when it is not ours any more."""
@@ -283,16 +303,24 @@ class Delivery:
         for entry, outcome in zip(entries, outcomes, strict=True):
             entry.in_flight = False
             self._end(entry, outcome)
+        if not self.in_flight:
+            self.settlement.hurry()
 
     async def _deliver_alone(self, entry: Entry) -> None:
         """Delivers a suspect with nothing beside it; the count is written first, for the case that we die of it."""
         self._alone = True
         self.hand.park(entry, False)
         try:
-            if entry.died_alone >= self._limits.max_deliveries:
-                error = f"delivering it alone ended the process {entry.died_alone} times"
-                self.settlement.died(entry, Dead(Reason.POISON, error))
-                self._lanes.finish([entry])
+            async with self._one_suspect:
+                await self._deliver_suspect(entry)
+        finally:
+            self._alone = False
+            self.call(len(self._idle))
+
+    async def _deliver_suspect(self, entry: Entry) -> None:
+        proven = entry.deliveries
+        try:
+            if not await self._clear_others() or self._is_poison(entry):
                 return
             entry.deliveries += 1
             if await self.settlement.renew([entry]):
@@ -306,12 +334,30 @@ class Delivery:
                     return
             await self._deliver([entry])
         except RedisFault as fault:
-            entry.deliveries -= 1
-            self._again(entry)
+            entry.deliveries = proven
+            if self.hand.holds(entry):  # not after a turn that was lost meanwhile
+                self._again(entry)
             await asyncio.sleep(self._on_fault(fault))
-        finally:
-            self._alone = False
-            self.call(len(self._idle))
+
+    async def _clear_others(self) -> bool:
+        """Writes what was found out about others, lest this one's death count against them; False: the turn is lost."""
+        if not await self.settlement.flushed():
+            return False
+        unwritten = [entry for entry in self.hand if entry.leased_at == UNWRITTEN]
+        if gone := await self.settlement.renew(unwritten):
+            self.lost(gone)
+        for entry in unwritten:
+            entry.leased_at = self._clock()
+        return True
+
+    def _is_poison(self, entry: Entry) -> bool:
+        """Buries it when it has killed often enough."""
+        if entry.died_alone < self._limits.max_deliveries:
+            return False
+        error = f"delivering it alone ended the process {entry.died_alone} times"
+        self.settlement.died(entry, Dead(Reason.POISON, error))
+        self._lanes.finish([entry])
+        return True
 
     def _end(self, entry: Entry, outcome: Outcome) -> None:
         """What becomes of an entry after its delivery."""
@@ -339,7 +385,7 @@ class Delivery:
     def _held(self, entry: Entry, retry: Retry) -> None:
         if entry.suspect:
             entry.deliveries -= 1  # it was not delivered: nothing is known about it yet
-            entry.leased_at = float("-inf")
+            entry.leased_at = UNWRITTEN
         if retry.http_status == 403:
             entry.refused_before = True
         elif retry.http_status is not None:
@@ -379,15 +425,18 @@ class Delivery:
     def _wake(self, entry: Entry) -> None:
         """A parked entry's time has come."""
         if self.hand.holds(entry):
-            self.hand.park(entry, False)
-            self._lanes.unblock(entry)
+            if entry.suspect and not self._handler.ordered:
+                self._again(entry)  # alone, as before
+            else:
+                self.hand.park(entry, False)
+                self._lanes.unblock(entry)
             self.call(1)
 
     def _proven_harmless(self, entry: Entry) -> None:
         """Its delivery ended without ending the process: the count starts anew, written with the next renewal."""
         if entry.deliveries != FIRST_READ:
             entry.deliveries = FIRST_READ
-            entry.leased_at = float("-inf")
+            entry.leased_at = UNWRITTEN
 
     # -- waiting for work ----------------------------------------------------------------------------
 

@@ -11,10 +11,14 @@ from collections.abc import Callable
 from redis.asyncio import Redis
 
 from common.logs import Outage, get
-from common.redis_border import Demoted, Denied, GroupGone, RedisFault
+from common.redis_border import Demoted, Denied, Full, GroupGone, RedisFault
 
 SHORTEST = 0.1
 LONGEST = 5.0
+
+FULL_AGAIN_AFTER = 1.0
+FULL_SAID_EVERY = 60.0
+"""Seconds between two log lines about a memory limit: reads succeed between its refusals, so no line could end it."""
 
 
 class RedisState:
@@ -36,6 +40,7 @@ class RedisState:
         self._log = get("redis")
         self._outage = Outage(self._log, "redis.unreachable", "redis.recovered", clock=clock)
         self._since: float | None = None
+        self._full_said_at = float("-inf")
         self._dropping: asyncio.Task[None] | None = None
 
     def answered(self) -> None:
@@ -54,11 +59,17 @@ class RedisState:
         if isinstance(fault, GroupGone):
             self._log.error("redis.group_gone", error=str(fault))
             return SHORTEST
+        now = self._clock()
+        if isinstance(fault, Full):  # it is there, and what it holds can still be drained
+            if now - self._full_said_at >= FULL_SAID_EVERY:
+                self._full_said_at = now
+                self._log.error("redis.full", error=str(fault))
+            return FULL_AGAIN_AFTER
         if self._since is None:
-            self._since = self._clock()
+            self._since = now
         self.connected = False
         self._tell(False)
         self._outage.began(error=str(fault))
         if isinstance(fault, Demoted) and (self._dropping is None or self._dropping.done()):
             self._dropping = asyncio.create_task(self._redis.connection_pool.disconnect())
-        return min(LONGEST, max(SHORTEST, (self._clock() - self._since) / 2))
+        return min(LONGEST, max(SHORTEST, (now - self._since) / 2))

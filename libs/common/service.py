@@ -92,6 +92,8 @@ class Running:
         self.stop_reason = ""
         self.exit_code = STOPPED
         self.log = logs.get("service")
+        self._second = 0
+        self._to_the_second = ""
         self.sender = Sender(config.server.id, config.server.region, self.version)
         self.metrics = Metrics(
             name, config.server.id, config.server.region, stream_name(name, config), self.version
@@ -121,7 +123,11 @@ class Running:
 
     def timestamp(self) -> str:
         """Now, as the wire has it: RFC 3339, UTC, milliseconds."""
-        return datetime.now(UTC).isoformat(timespec="milliseconds")
+        second, milliseconds = divmod(time.time_ns() // 1_000_000, 1000)
+        if second != self._second:  # formatting a datetime costs ten times what the rest does
+            self._second = second
+            self._to_the_second = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        return f"{self._to_the_second}.{milliseconds:03d}+00:00"
 
     def stop(self, reason: str, exit_code: int = STOPPED) -> None:
         """Begins the stop; the first reason and the worst exit code are kept."""
@@ -209,8 +215,7 @@ async def _live(name: str, build: Build, config: Config) -> int:
         ]
         await running.stopping.wait()
         await _stop(running, service, consumer, observer, loop)
-        for task in (loop, *tasks):
-            task.cancel()
+        await _end([loop, *tasks])
     for server in servers:
         await server.close()
     await running.redis.aclose()
@@ -232,6 +237,14 @@ async def _stop(
         await service.last_words(max(0.0, until - running.clock()))
     await observer.withdraw()
     await running.client.close(max(0.0, until - running.clock()))
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancels until all have ended: `asyncio.wait_for` of Python 3.11, inside redis-py, can swallow a cancellation."""
+    while waiting := [task for task in tasks if not task.done()]:
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting, timeout=0.2)
 
 
 async def _child(running: Running, name: str, run: Callable[[], Awaitable[None]]) -> None:
@@ -308,6 +321,7 @@ class Observer:
         self._started_at = running.clock()
         self._ready_seconds: float | None = None
         self._written_at = float("-inf")
+        self._said: tuple[object, ...] = ()
         self._forgot_at = running.clock()
         self._cpu = (running.clock(), cpu_seconds())
 
@@ -320,15 +334,18 @@ class Observer:
             running.metrics.in_flight.set(consumer.in_flight)
             try:
                 await self._look()
-                if running.clock() - self._written_at >= presence.WRITE_EVERY or self._just_ready():
+                if self._said != self._to_say() or running.clock() - self._written_at >= presence.WRITE_EVERY:
                     await presence.write(running.redis, running.config.server.id, self._presence())
-                    self._written_at = running.clock()
+                    running.redis_state.answered()  # while the gate is shut, the loop asks nothing of Redis
+                    self._written_at, self._said = running.clock(), self._to_say()
                 if running.clock() - self._forgot_at >= FORGET_EVERY:
                     await presence.forget_stale(running.redis, running.config.server.id, time.time())
                     self._forgot_at = running.clock()
             except RedisFault as fault:
-                running.log.debug("observer.redis_fault", error=str(fault))
-            await asyncio.sleep(LOOK_EVERY if self._ready_seconds is not None else 0.02)
+                running.redis_state.failed(fault)
+                await asyncio.sleep(LOOK_EVERY)
+            else:
+                await asyncio.sleep(LOOK_EVERY if self._ready_seconds is not None else 0.02)
 
     async def withdraw(self) -> None:
         """The process goes in good order: nobody is to miss it."""
@@ -359,8 +376,10 @@ class Observer:
             last_error=running.client.last_error,
         )
 
-    def _just_ready(self) -> bool:
-        return self._ready_seconds is not None and self._written_at == float("-inf")
+    def _to_say(self) -> tuple[object, ...]:
+        """What others should know at once when it changes."""
+        state = self.state()
+        return self._ready_seconds, state.status, state.breaker, state.hold
 
     async def _look(self) -> None:
         self._figures = await figures.read(self._running.scripts, self._service.stream)

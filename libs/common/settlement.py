@@ -23,8 +23,8 @@ from common.streams import HANDOVER, Stream
 BATCH = 500
 """Entries a script call; a larger one would keep the server from its other clients for too long."""
 
-LINGER = 0.003
-"""Seconds for which a settlement waits for company. Short beside a request, long beside a script call."""
+LINGER = 0.02
+"""Seconds for which a settlement waits for company while requests are out; when none is, it waits no longer."""
 
 GRANT_KEPT_MS = 3_600_000
 
@@ -93,6 +93,7 @@ class Settlement:
         self._work = asyncio.Event()
         self._full = asyncio.Event()
         self._flushing = asyncio.Lock()
+        self._renewing = asyncio.Lock()
         self._log = get("settlement")
 
     # -- what the loop says --------------------------------------------------------------------------
@@ -111,6 +112,10 @@ class Settlement:
         self._burying.append((entry, dead))
         self._work.set()
 
+    def hurry(self) -> None:
+        """No request is out: nothing more will come soon, so what waits need not."""
+        self._full.set()
+
     # -- the task ------------------------------------------------------------------------------------
 
     async def run(self, on_fault: Callable[[RedisFault], float]) -> None:
@@ -126,12 +131,19 @@ class Settlement:
                     pass
             self._full.clear()
             try:
-                await self.flush()
+                await self.flushed()
             except RedisFault as fault:
                 self._work.set()
                 await asyncio.sleep(on_fault(fault))
-            except TurnLost:
-                self._turn_lost()
+
+    async def flushed(self) -> bool:
+        """Ends all that is waiting; False when the turn was lost over it. Raises RedisFault."""
+        try:
+            await self.flush()
+        except TurnLost:
+            self._turn_lost()
+            return False
+        return True
 
     async def flush(self) -> None:
         """Ends all that is waiting; raises RedisFault, and then keeps what was not ended, or TurnLost."""
@@ -164,11 +176,13 @@ class Settlement:
 
     async def _settle(self, batch: list[tuple[Entry, bool]]) -> None:
         stream = self.stream
-        args: list[str | bytes | int] = [stream.group, stream.dead_group, self._token]
+        lines: list[bytes] = []
         duplicates = 0
         for entry, duplicate in batch:
             duplicates += duplicate
-            args += (entry.id, "duplicate" if duplicate else "delivered", *(entry.figures or _NO_FIGURES))
+            outcome = b"duplicate" if duplicate else b"delivered"
+            lines.append(b"%b %b %d %d %d %d" % (entry.id, outcome, *(entry.figures or _NO_FIGURES)))
+        args: list[str | bytes | int] = [stream.group, stream.dead_group, self._token, b"\n".join(lines)]
         keys = [stream.name, stream.dead_key, stream.ledger_key, *self._turn]
         if await self.scripts.run("settle", keys, args) == -1:
             raise TurnLost
@@ -233,10 +247,12 @@ class Settlement:
         """Renews the lease and writes delivery counts; returns the entries that are no longer ours."""
         gone: list[Entry] = []
         for batch in _batches(entries):
-            args: list[str | bytes | int] = [self.stream.group, self.consumer]
-            for entry in batch:
-                args += (entry.id, entry.deliveries)
-            lost, vanished = await self.scripts.run("renew", [self.stream.name, self.stream.ledger_key], args)
+            async with self._renewing:  # one at a time, so that a count never overwrites a younger one
+                args: list[str | bytes | int] = [self.stream.group, self.consumer]
+                for entry in batch:
+                    args += (entry.id, entry.deliveries)
+                keys = [self.stream.name, self.stream.ledger_key]
+                lost, vanished = await self.scripts.run("renew", keys, args)
             self.vanished(vanished)
             missing = {*lost, *vanished}
             gone += (entry for entry in batch if entry.id in missing)
@@ -249,7 +265,11 @@ class Settlement:
             args: list[str | bytes | int] = [self.stream.group, self.consumer, HANDOVER]
             for entry in batch:
                 args += (entry.id, entry.deliveries)
-            n += await self.scripts.run("hand_over", [self.stream.name], args)
+            handed, vanished = await self.scripts.run(
+                "hand_over", [self.stream.name, self.stream.ledger_key], args
+            )
+            n += handed
+            self.vanished(vanished)
             self._left(batch)
         return n
 

@@ -16,6 +16,9 @@ from common.redis_border import RedisFault, Scripts
 ASK_EVERY = 1.0
 """Seconds between two attempts of those who wait: a handed-over turn is taken up within this time."""
 
+TAKEN = 2
+"""The script's answer when nobody had the turn."""
+
 
 class Turn:
     """Takes the turn when it is free, renews it every third of its time to live, gives it up on stop."""
@@ -71,6 +74,8 @@ class Turn:
             ours = await self._scripts.run("turn_take", [self.key], [self.token, int(self._ttl * 1000)])
             if ours:
                 self._renewed_at = asked_at
+        if ours == TAKEN:
+            self.lose()  # should we have thought it ours: it had run out, and somebody else may have had it
         if ours and not self.held and not self._given_up:
             self.era += 1
             self.taken.set()

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 
 from sandbox.audio_api_server import AudioAPIServer, Traffic
 from sandbox.control_plane import ControlPlane
-from tests.services import STREAMS, Services, drained, figures_of, reckon
+from tests.services import STREAMS, Services, drained, figures_of, meanwhile, reckon
 from tests.support import SERVERS, RedisServer, connect, eventually
 
 DRAIN_SECONDS = 20
@@ -53,13 +53,13 @@ async def test_replicas_killed_at_random_under_load_lose_nothing_and_repeat_noth
     await asyncio.gather(*(replica.ready() for replica in replicas))
     let_the_network_be_bad(control_plane)
     audio_api_server = AudioAPIServer(redis, TRAFFIC)
-    traffic = asyncio.create_task(audio_api_server.run(10))
     kills = 0
-    while not traffic.done():
-        await control_plane.until_arrived(control_plane.requests["*"] + random.randint(20, 120))
-        random.choice(replicas).restart()
-        kills += 1
-    await traffic
+    async with meanwhile(audio_api_server.run(10)) as traffic:
+        while not traffic.done():
+            await control_plane.until_arrived(control_plane.requests["*"] + random.randint(20, 120))
+            random.choice(replicas).restart()
+            kills += 1
+        await traffic
     assert kills >= 10
     await assert_that_all_adds_up(audio_api_server, control_plane, redis)
     assert control_plane.stats().duplicates  # some of the killed had delivered what they could not settle
@@ -74,11 +74,11 @@ async def test_a_redis_killed_under_load_loses_nothing_that_it_had_accepted(
     let_the_network_be_bad(control_plane)
     async with connect(redis_server.port) as redis:
         audio_api_server = AudioAPIServer(redis, TRAFFIC)
-        traffic = asyncio.create_task(audio_api_server.run(3))
-        for recorded in (150, 400):
-            await control_plane.until(lambda: sum(control_plane.ledger.recorded.values()) >= recorded)  # noqa: B023
-            await asyncio.to_thread(redis_server.restart)
-        await traffic
+        async with meanwhile(audio_api_server.run(3)) as traffic:
+            for recorded in (150, 400):
+                await control_plane.until(lambda: control_plane.ledger.recorded.total() >= recorded)  # noqa: B023
+                await asyncio.to_thread(redis_server.restart)
+            await traffic
         await assert_that_all_adds_up(audio_api_server, control_plane, redis)
     for replica in replicas:
         assert replica.running

@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from sandbox.control_plane import ControlPlane
 from tests.crash.conftest import VISIBILITY
-from tests.services import STREAMS, ServiceProcess, Services, drained, figures_of
+from tests.services import STREAMS, ServiceProcess, Services, drained, figures_of, meanwhile
 from tests.support import eventually
 
 STREAM = STREAMS["session_notifier"]
@@ -34,33 +34,33 @@ async def sessions_without_end(redis: Redis, enough: asyncio.Event) -> int:
                     pipe.xadd(STREAM.name, {"data": json.dumps(event)})
             await pipe.execute()
         started = starting
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.06)
     return started.stop
 
 
 async def test_an_active_notifier_that_sleeps_longer_than_its_turn_inverts_no_session(
     services: Services, control_plane: ControlPlane, redis: Redis
 ) -> None:
-    notifiers = [services.start("session_notifier") for _ in range(2)]
+    # They are slower than the traffic: whoever wakes finds new entries to read, and nobody else in a hurry.
+    slow: dict[str, float] = {"control_plane__max_in_flight": 8, "streams__read_count": 10}
+    notifiers = [services.start("session_notifier", **slow) for _ in range(2)]
     await asyncio.gather(*(notifier.ready() for notifier in notifiers))
-    control_plane.fault("latency", "start", seconds=0.1)  # so that a complete always has a start to overtake
+    control_plane.fault("latency", "start", seconds=0.1)
     enough = asyncio.Event()
-    traffic = asyncio.create_task(sessions_without_end(redis, enough))
-    for taken in (1, 2, 3):
-        holder = await eventually(lambda: active(redis, notifiers))
-        await control_plane.until_arrived(control_plane.requests["*"] + 100)
-        holder.pause()
-        (other,) = (one for one in notifiers if one is not holder)
-        await eventually(
-            lambda: len(other.lines("turn.taken")) > (taken - 1) // 2,  # noqa: B023
-            within=3 * VISIBILITY,
-        )
-        await control_plane.until_arrived(control_plane.requests["*"] + 100)
-        holder.resume()
-        await eventually(lambda: len(holder.lines("turn.lost")) > (taken - 1) // 2)  # noqa: B023
-        await control_plane.until_arrived(control_plane.requests["*"] + 100)
-    enough.set()
-    sessions = await traffic
+    async with meanwhile(sessions_without_end(redis, enough)) as traffic:
+        for _ in range(2):  # they take turns in sleeping
+            holder = await eventually(lambda: active(redis, notifiers))
+            (other,) = (one for one in notifiers if one is not holder)
+            await control_plane.until_arrived(control_plane.requests["*"] + 50)
+            holder.pause()
+            await eventually(lambda: active(redis, [other]), within=3 * VISIBILITY)  # noqa: B023
+            await control_plane.until_arrived(control_plane.requests["*"] + 50)
+            holder.resume()
+            await eventually(lambda: holder.lines("turn.lost"))  # noqa: B023
+        await control_plane.until_arrived(control_plane.requests["*"] + 50)
+        enough.set()
+        control_plane.clear_faults()
+        sessions = await traffic
     await eventually(lambda: drained(redis, "session_notifier"))
     stats = control_plane.stats()
     assert stats.order_violations == 0

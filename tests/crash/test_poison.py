@@ -37,7 +37,8 @@ async def test_only_the_entry_whose_delivery_kills_the_process_dies_of_it(
     async def owner() -> str:
         """Who has the poisonous entry."""
         (entry_id,) = [
-            entry for entry, fields in await redis.xrange(stream.name)
+            entry
+            for entry, fields in await redis.xrange(stream.name)
             if json.loads(fields[b"data"])["api_session_id"] == POISON
         ]
         (pending,) = await redis.xpending_range(stream.name, stream.group, entry_id, entry_id, 1)

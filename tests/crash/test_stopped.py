@@ -96,7 +96,10 @@ async def test_a_stopped_notifier_leaves_the_turn_free_however_long_its_requests
 ) -> None:
     # It asks for the turn so often here that it would take it again between giving it up and its end.
     notifier = services.start(
-        "session_notifier", streams__visibility_timeout=1.2, shutdown__drain_seconds=2.5, control_plane__timeout=30
+        "session_notifier",
+        streams__visibility_timeout=1.2,
+        shutdown__drain_seconds=2.5,
+        control_plane__timeout=30,
     )
     await notifier.ready()
     control_plane.fault("hang", "start")

@@ -294,8 +294,8 @@ async def test_what_a_failed_read_delivered_to_nobody_is_found(
         me.scripts.lose["read"] = 3
         ids = await add(redis, "a", "b", "c")
         await settled(redis, 3)
+        await eventually(lambda: me.scripts.lose["read"] == 0)
     assert sorted(handler.delivered_ids) == ids  # each once
-    assert me.scripts.lose["read"] == 0
 
 
 async def test_a_takeover_whose_reply_was_lost_counts_one_crash(
@@ -304,14 +304,13 @@ async def test_a_takeover_whose_reply_was_lost_counts_one_crash(
     await lay(redis, live={"1-0": ("dead", 1)})
     handler = Told()
     handler.hold_all()
-    running: Consuming
-    async with connect(redis_server.port) as connection:
-        running = Consuming(connection, handler, visibility_timeout=0.5)
-        running.scripts.lose["take_over"] = 1
-        running.start()
+
+    def fails(me: Consuming) -> None:
+        me.scripts.lose["take_over"] = 1
+
+    async with consuming(redis_server.port, handler, visibility_timeout=0.5, before=fails):
         await handler.until_begun(1)
         assert (await state(redis)).live == {"1-0": ("me", 2)}
-        running.die()
 
 
 async def test_a_stop_at_any_moment_leaves_nothing_under_the_own_name(
@@ -465,21 +464,17 @@ async def test_a_suspect_is_delivered_alone_and_its_count_is_written_before(
 async def test_a_suspect_waits_until_nothing_else_is_in_flight(
     redis: Redis, redis_server: RedisServer
 ) -> None:
+    await lay(redis, live=suspected(), backlog=["2-0"], idle=0)
     handler = Told()
-    handler.slow = {"a": asyncio.Event()}
-    async with consuming(redis_server.port, handler) as me:
-        ids = await add(redis, "a")
+    handler.hold_all()
+    async with consuming(redis_server.port, handler, visibility_timeout=0.3) as me:
         await handler.until_begun(1)
-        ids += await add(redis, "suspect")
-        await redis.xclaim(
-            STREAM.name, STREAM.group, HANDOVER, 0, [ids[1]], force=True, retrycount=3, justid=True
-        )
-        await handler.until_begun(2) if False else None
-        await eventually(lambda: len(me.consumer.hand) == 2)
-        assert handler.begun == [(ids[0],)]
+        await add(redis, "more")
+        await eventually(lambda: b"1-0" in me.consumer.hand)
+        assert "1-0" not in handler.delivered_ids
         handler.let_go()
-        await settled(redis, 2)
-    assert handler.most_in_flight == 1
+        await settled(redis, 3)
+    assert handler.begun[-1] == ("1-0",)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -570,17 +565,20 @@ async def test_a_suspect_held_although_the_gate_is_open_is_alone_again_later(
     redis: Redis, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("common.delivery.HELD_AGAIN_AFTER", 0.1)
-    await lay(redis, live=suspected(), backlog=["2-0", "3-0", "4-0"], data=b"a")
+    await lay(redis, live=suspected(), data=b"a")
     handler = Told(batch=4)
     handler.answers = {"a": [Retry(Cause.HELD, "HTTP 403", 403)]}
-    handler.on_request = lambda entries: handler.hold_all() if entries[0].id != b"1-0" else None
-    async with consuming(redis_server.port, handler):
+    handler.slow = {"slow": asyncio.Event()}
+    async with consuming(redis_server.port, handler, max_in_flight=1) as me:
+        await handler.until_begun(1)
+        await add(redis, "slow", "a", "a", "a")
         await handler.until_begun(2)
-        await asyncio.sleep(0.2)  # the held one is woken while the batch is in flight
-        handler.on_request = lambda entries: None
+        await eventually(lambda: len(me.consumer.hand) == 5)
+        await asyncio.sleep(0.2)  # the held one is woken while others of its session are ready
         handler.let_go()
-        await settled(redis, 4)
-    assert [len(request) for request in handler.begun if "1-0" in request] == [1, 1]
+        await settled(redis, 5)
+    assert sorted(len(request) for request in handler.begun) == [1, 1, 1, 3]
+    assert handler.begun.count(("1-0",)) == 2
 
 
 async def test_a_suspect_whose_call_to_redis_failed_is_tried_again_alone(
@@ -589,13 +587,13 @@ async def test_a_suspect_whose_call_to_redis_failed_is_tried_again_alone(
     await lay(redis, live=suspected())
     handler = Told()
     handler.hold_all()
-    async with connect(redis_server.port) as connection:
-        me = Consuming(connection, handler)
+
+    def fails(me: Consuming) -> None:
         me.scripts.lose.update({"renew": 1, "fetch": 1})
-        me.start()
+
+    async with consuming(redis_server.port, handler, before=fails):
         await handler.until_begun(1)
         assert (await state(redis)).live == {"1-0": ("me", 4)}
-        me.die()
 
 
 # -- groups that vanish (law 11) ---------------------------------------------------------------------
@@ -694,11 +692,8 @@ async def test_a_user_that_redis_refuses_is_fatal_and_says_the_remedy(
 ) -> None:
     await redis.execute_command("ACL", "SETUSER", "nobody", "on", "nopass", "~*", "-@all", "+ping")
     try:
-        async with connect(redis_server.port, username="nobody", password="x") as connection:
-            me = Consuming(connection, Told())
-            me.start()
+        async with consuming(redis_server.port, Told(), username="nobody", ready=False) as me:
             await eventually(lambda: me.fatal)
-            me.die()
     finally:
         await redis.execute_command("ACL", "DELUSER", "nobody")
     assert "check redis.username and redis.password" in me.fatal[0]

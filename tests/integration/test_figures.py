@@ -31,9 +31,8 @@ async def half_read(redis: Redis) -> list[str]:
 
 
 async def settle(redis: Redis, *ids: str) -> None:
-    args: list[str | int] = [STREAM.group, STREAM.dead_group, ""]
-    for entry_id in ids:
-        args += (entry_id, "delivered", 0, 0, 0, 0)
+    lines = "\n".join(f"{entry_id} delivered 0 0 0 0" for entry_id in ids)
+    args = [STREAM.group, STREAM.dead_group, "", lines]
     assert await Scripts(redis).run("settle", [STREAM.name, STREAM.dead_key, STREAM.ledger_key], args)
 
 

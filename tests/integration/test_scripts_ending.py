@@ -22,9 +22,8 @@ INVALID = ("invalid", 1)
 
 async def settle(redis: Redis, *ids: str, outcome: str = "delivered", token: str = "") -> int:
     keys = [STREAM.name, STREAM.dead_key, STREAM.ledger_key]
-    args: list[str | int] = [STREAM.group, STREAM.dead_group, token]
-    for entry_id in ids:
-        args += (entry_id, outcome, 1500, 2500, 4096, 1)
+    lines = "\n".join(f"{entry_id} {outcome} 1500 2500 4096 1" for entry_id in ids)
+    args = [STREAM.group, STREAM.dead_group, token, lines]
     reply = await Scripts(redis).run("settle", [*keys, STREAM.turn_key] if token else keys, args)
     return int(reply)
 
@@ -116,9 +115,9 @@ async def test_a_whole_batch_at_the_bounds_of_the_schema_is_counted_without_drif
     """A figure that Lua would write as 1e+15 would stop the script half-way, after the entries were deleted."""
     n, largest = 500, (10**12, 10**12, 2**40, 10**9)
     await lay(redis, live={f"{i}-0": ME for i in range(1, n + 1)})
-    args: list[str | int] = [STREAM.group, STREAM.dead_group, ""]
-    for i in range(1, n + 1):
-        args += (f"{i}-0", "delivered", *largest)
+    figures = " ".join(map(str, largest))
+    lines = "\n".join(f"{i}-0 delivered {figures}" for i in range(1, n + 1))
+    args = [STREAM.group, STREAM.dead_group, "", lines]
     assert await Scripts(redis).run("settle", [STREAM.name, STREAM.dead_key, STREAM.ledger_key], args) == n
     names = ("audio_ms", "connection_ms", "data_bytes", "request_count")
     want = {"delivered": n} | {name: n * figure for name, figure in zip(names, largest, strict=True)}

@@ -30,7 +30,8 @@ async def renew(redis: Redis, *rows: str | int) -> list[list[bytes]]:
 
 
 async def hand_over(redis: Redis, *rows: str | int) -> int:
-    return cast(int, await run(redis, "hand_over", [], "me", HANDOVER, *rows))
+    handed, _ = await run(redis, "hand_over", [STREAM.ledger_key], "me", HANDOVER, *rows)
+    return cast(int, handed)
 
 
 async def take_over(
@@ -120,6 +121,11 @@ HAND_OVER: dict[str, tuple[dict[str, Any], int, State]] = {
         {"dead": {"1-0": INVALID}},
         0,
         State(entries=["1-0"], dead={"1-0": INVALID}, documents=["1-0"]),
+    ),
+    "what vanished is counted as a loss": (
+        {"live": {"1-0": ("me", 1)}, "deleted": ["1-0"]},
+        0,
+        State(ledger={"vanished": 1}),
     ),
 }
 

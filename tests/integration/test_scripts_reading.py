@@ -70,9 +70,30 @@ async def test_the_group_that_is_missing_is_made_and_the_other_stays(
     await redis.xgroup_destroy(STREAM.name, destroyed)
     assert await make_groups(redis) == reply
     after = await state(redis)
-    live, twin = destroyed == STREAM.group, destroyed == STREAM.dead_group
-    assert after.live == ({} if live else before.live)
-    assert after.dead == ({} if twin else before.dead)
+    assert after.live == ({} if destroyed == STREAM.group else before.live)
+    assert after.dead == before.dead
+    assert await imbalance(redis) == 0
+
+
+async def test_a_twin_made_again_shows_the_dead_as_their_documents_tell_and_counts_what_is_gone(
+    redis: Redis,
+) -> None:
+    dead = {"1-0": ("rejected", 4), "2-0": ("poison", 1), "3-0": ("conflict", 2)}
+    await lay(redis, dead=dead, deleted=["2-0"])
+    await redis.xgroup_destroy(STREAM.name, STREAM.dead_group)
+    assert await make_groups(redis) == [0, 1, 0]
+    del dead["2-0"]
+    assert await state(redis) == State(
+        entries=["1-0", "3-0"], dead=dead, documents=["1-0", "3-0"], ledger={"vanished": 1}
+    )
+    assert await imbalance(redis) == 0
+
+
+async def test_documents_whose_stream_has_gone_do_not_outlive_it(redis: Redis) -> None:
+    await lay(redis, dead={"1-0": INVALID, "2-0": INVALID})
+    await redis.delete(STREAM.name)
+    assert await make_groups(redis) == [1, 1, 1]
+    assert await state(redis) == State(ledger={"vanished": 2})
     assert await imbalance(redis) == 0
 
 
@@ -84,16 +105,18 @@ async def test_books_begin_where_the_stream_stands_when_it_was_used_before(redis
     assert await imbalance(redis) == 0
 
 
-async def test_books_begin_anew_when_another_stream_has_taken_the_name(redis: Redis) -> None:
+@pytest.mark.parametrize("added", [1, 2, 5])
+async def test_books_begin_anew_when_another_stream_has_taken_the_name(redis: Redis, added: int) -> None:
     await lay(redis, backlog=["1-0", "2-0", "3-0"])
     await read(redis)
     await Scripts(redis).run(
         "settle",
         [STREAM.name, STREAM.dead_key, STREAM.ledger_key],
-        [STREAM.group, STREAM.dead_group, "", "1-0", "delivered", 0, 0, 0, 0, "2-0", "delivered", 0, 0, 0, 0],
+        [STREAM.group, STREAM.dead_group, "", "1-0 delivered 0 0 0 0\n2-0 delivered 0 0 0 0"],
     )
     await redis.delete(STREAM.name)
-    await redis.xadd(STREAM.name, {"data": "new"}, id="9-0")
+    for n in range(added):
+        await redis.xadd(STREAM.name, {"data": "new"}, id=f"9-{n}")
     assert await make_groups(redis) == [1, 1, 1]
     assert (await state(redis)).ledger == {"delivered": 2}
     assert await imbalance(redis) == 0
@@ -104,6 +127,14 @@ async def test_out_of_memory_no_group_is_made_and_the_fault_says_why(redis: Redi
         with pytest.raises(Full):
             await make_groups(redis)
     assert not await redis.exists(STREAM.name)
+
+
+async def test_out_of_memory_groups_that_are_there_are_found(redis: Redis) -> None:
+    await lay(redis, live={"1-0": ME})
+    before = await state(redis)
+    async with out_of_memory(redis):
+        assert await make_groups(redis) == [0, 0, 0]
+    assert await state(redis) == before
 
 
 # -- read --------------------------------------------------------------------------------------------
@@ -130,6 +161,14 @@ async def test_an_empty_read_tells_from_where_to_listen(redis: Redis) -> None:
     assert (await read(redis))[0] == b""
     await redis.xdel(STREAM.name, "7-3")
     assert await read(redis) == [b"7-3"]
+
+
+async def test_after_a_read_of_nothing_but_dead_entries_it_listens_behind_them(redis: Redis) -> None:
+    """Not at the end of the stream: something may wait there that this read had no room for."""
+    await lay(redis, dead={"1-0": INVALID, "2-0": INVALID}, backlog=["3-0"])
+    await redis.xgroup_setid(STREAM.name, STREAM.group, "0")
+    assert await read(redis, count=2) == [b"2-0"]
+    assert [row[0] for row in (await read(redis, count=2))[1:]] == [b"3-0"]
 
 
 async def test_an_entry_at_the_limit_is_carried_and_one_beyond_it_is_cut_to_its_length(redis: Redis) -> None:

@@ -40,7 +40,7 @@ BORDER: Mapping[type[foreign.PyreqwestError], type[errors.TransportError]] = {
     foreign.ConnectError: errors.ConnectFailed,
     foreign.NetworkError: errors.ConnectFailed,
     foreign.TransportError: errors.ConnectFailed,
-    foreign.ClientClosedError: errors.ConnectFailed,
+    foreign.ClientClosedError: errors.BrokenAnswer,  # on stop, under way
     foreign.RequestTimeoutError: errors.TimedOut,
     foreign.ConnectTimeoutError: errors.TimedOut,  # said of a silent server too
     foreign.ReadTimeoutError: errors.TimedOut,
@@ -78,12 +78,9 @@ class Transport:
         self._clock = clock
         self._client: Client | None = None
         self._closed = False
-        self._running: dict[asyncio.Future[Answer], asyncio.Task[None]] = {}
-
-    @property
-    def in_flight(self) -> int:
-        """Requests that have not ended, those of cancelled callers included."""
-        return len(self._running)
+        self.in_flight = 0
+        """Requests whose callers wait. The library cannot abort one: a cancelled caller leaves it to run on."""
+        self._idle = asyncio.Event()
 
     async def send(
         self,
@@ -94,60 +91,6 @@ class Transport:
         timeout: float | None = None,
     ) -> Answer:
         """The answer, whatever its status. Raises a TransportError. `timeout` replaces the configured one."""
-        loop = asyncio.get_running_loop()
-        answered: asyncio.Future[Answer] = loop.create_future()
-        # A task of its own: the library cannot abort a request, so a cancelled caller leaves it to run on.
-        self._running[answered] = loop.create_task(
-            self._carry(answered, method, path, headers, body, timeout), name="control_plane request"
-        )
-        return await answered
-
-    def renew(self) -> None:
-        """From the next request on, key, CA file and client certificate as they are now."""
-        self._client = None
-
-    async def close(self, timeout: float) -> int:
-        """Waits for what is in flight, at most `timeout` seconds; returns how many requests it gave up."""
-        if self._running:
-            await asyncio.wait(self._running.values(), timeout=timeout)
-        self._closed = True
-        abandoned = len(self._running)
-        for answered, task in self._running.items():
-            task.cancel()
-            if not answered.done():
-                answered.set_exception(errors.BrokenAnswer("given up on stop, before the answer came"))
-        self._running.clear()
-        if self._client is not None:
-            await self._client.close()
-            self._client = None
-        return abandoned
-
-    async def _carry(
-        self,
-        answered: asyncio.Future[Answer],
-        method: str,
-        path: str,
-        headers: dict[str, str],
-        body: bytes | None,
-        timeout: float | None,
-    ) -> None:
-        try:
-            answer = await self._exchange(method, path, headers, body, timeout)
-        except asyncio.CancelledError:
-            answered.cancel()
-            raise
-        except Exception as error:
-            if not answered.done():
-                answered.set_exception(error)
-        else:
-            if not answered.done():
-                answered.set_result(answer)
-        finally:
-            self._running.pop(answered, None)
-
-    async def _exchange(
-        self, method: str, path: str, headers: dict[str, str], body: bytes | None, timeout: float | None
-    ) -> Answer:
         client = self._client or self._build()
         begun = self._clock()
         try:
@@ -159,6 +102,7 @@ class Transport:
             request = request.body_bytes(body)
         if timeout is not None:
             request = request.timeout(timedelta(seconds=timeout))
+        self.in_flight += 1
         try:
             async with request.build_streamed() as response:
                 read = await response.body_reader.read(ANSWER_LIMIT + 1)
@@ -178,6 +122,33 @@ class Transport:
             silence = translated(error)
             silence.seconds = self._clock() - begun
             raise silence from error
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self._idle.set()
+
+    def renew(self) -> None:
+        """From the next request on, key, CA file and client certificate as they are now."""
+        self._client = None
+
+    async def close(self, timeout: float) -> int:
+        """Waits for what is in flight, at most `timeout` seconds; returns how many requests it gave up.
+
+        Those end in a TransportError; whether they arrived, nobody knows.
+        """
+        if self.in_flight:
+            self._idle.clear()
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._idle.wait()
+            except TimeoutError:
+                pass
+        self._closed = True
+        abandoned = self.in_flight
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+        return abandoned
 
     def _build(self) -> Client:
         if self._closed:

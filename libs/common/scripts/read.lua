@@ -4,7 +4,7 @@
 --
 -- KEYS     1 stream   2 turn (only where the stream promises order)
 -- ARGV     1 group    2 twin group   3 consumer   4 count   5 bytes   6 longest entry   7 token of the turn
--- returns  {last generated id or '', {id, data, correlation id, traceparent}, ...}
+-- returns  {id behind which something new would be, or '', {id, data, correlation id, traceparent}, ...}
 --          data is nil where the field is missing, and a length where the entry is too long to be carried
 --          {-1} when the turn is somebody else's
 if KEYS[2] and redis.call('GET', KEYS[2]) ~= ARGV[7] then return {-1} end
@@ -30,6 +30,7 @@ while left > 0 and room > 0 do
     local id, fields = rows[i][1], rows[i][2]
     if is_dead(id) then
       redis.call('XACK', stream, group, id)
+      reply[1] = id
     else
       local row, size = {id, false, false, false}, 0
       for f = 1, #fields, 2 do
@@ -49,7 +50,7 @@ while left > 0 and room > 0 do
   step = math.max(1, math.min(step * 2, math.floor(room / longest)))
 end
 
-if #reply == 1 then
+if #reply == 1 and reply[1] == '' then
   local info = redis.call('XINFO', 'STREAM', stream)
   for i = 1, #info, 2 do
     if info[i] == 'last-generated-id' then reply[1] = info[i + 1] end

@@ -3,15 +3,16 @@
 --
 -- KEYS     1 stream   2 dead   3 ledger   4 turn (only where the stream promises order)
 -- ARGV     1 group    2 twin group   3 token of the turn
---          4.. per entry: id, outcome ('delivered' or 'duplicate'), audio ms, connection ms, bytes, requests
+--          4 a line per entry: id, outcome ('delivered' or 'duplicate'), audio ms, connection ms, bytes, requests
+--            (one argument for all: six each cost the client more than all else it does to settle)
 -- returns  how many were settled by this call, -1 when the turn is somebody else's
 if KEYS[4] and redis.call('GET', KEYS[4]) ~= ARGV[3] then return -1 end
 
 local stream, group, twin = KEYS[1], ARGV[1], ARGV[2]
 local names = {'audio_ms', 'connection_ms', 'data_bytes', 'request_count'}
 local settled, counts, sums = {}, {delivered = 0, duplicate = 0}, {0, 0, 0, 0}
-for i = 4, #ARGV, 6 do
-  local id = ARGV[i]
+for id, outcome, audio, connection, bytes, requests in
+  string.gmatch(ARGV[4], '(%S+) (%a+) (%d+) (%d+) (%d+) (%d+)') do
   local removed = redis.call('XACK', stream, group, id)
   if removed == 0 then
     removed = redis.call('XACK', stream, twin, id)
@@ -19,8 +20,8 @@ for i = 4, #ARGV, 6 do
   end
   if removed == 1 then
     settled[#settled + 1] = id
-    counts[ARGV[i + 1]] = counts[ARGV[i + 1]] + 1
-    for f = 1, 4 do sums[f] = sums[f] + tonumber(ARGV[i + 1 + f]) end
+    counts[outcome] = counts[outcome] + 1
+    sums[1], sums[2], sums[3], sums[4] = sums[1] + audio, sums[2] + connection, sums[3] + bytes, sums[4] + requests
   end
 end
 if #settled > 0 then redis.call('XDEL', stream, unpack(settled)) end

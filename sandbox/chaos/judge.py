@@ -1,0 +1,190 @@
+"""The judge: what must hold, at the end of a run and where it can be all along.
+
+Three books are compared, the producers', Redis's and the ControlPlane's (`sandbox.reconciler`), with the book of
+what faults took away; beside them the agent's own ledger, its views, its logs and its processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import msgspec
+
+from common.figures import StreamFigures
+from sandbox.chaos import views
+from sandbox.chaos.world import NAMES, PRODUCED, STREAMS, World
+from sandbox.ledger import Ledger, Verdict
+from sandbox.reconciler import Reconciliation, reconcile
+from sandbox.redis_book import read_grants, read_redis
+
+DRAIN_WITHIN = 60.0
+"""Seconds after the last entry was written in which everything must have ended."""
+
+SWEEP_WITHIN = 75.0
+"""Seconds in which ghosts in the dead-letter view are cleared: the janitor comes every minute."""
+
+NAMED = 5
+
+
+class Check(msgspec.Struct):
+    """Something that must not be, and what there is of it."""
+
+    name: str
+    found: list[str]
+
+    @property
+    def holds(self) -> bool:
+        return not self.found
+
+
+class Judgement(msgspec.Struct):
+    """The verdict over one run."""
+
+    checks: list[Check]
+    reconciliation: Reconciliation
+    figures: dict[str, int]
+    drained_seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return all(check.holds for check in self.checks)
+
+
+async def along(world: World) -> list[str]:
+    """What is wrong right now, between two faults; empty when all is well."""
+    wrong: list[str] = []
+    for _ in range(5):  # the two looks are not one instant: what does not last is no finding
+        wrong = [*_grants_in_excess(world)]
+        async with world.connected() as redis:
+            for service in PRODUCED:
+                stream = STREAMS[service]
+                odd = await views.examine(redis, stream)
+                found = await world.figures()
+                if found is None:
+                    return []
+                wrong += [f"{stream.name}: {one} is in no view" for one in odd.strays]
+                wrong += [f"{stream.name}: {one} is in two views" for one in odd.doubles]
+                wrong += _imbalance(world, service, found[service], len(odd.ghosts))
+        if not wrong:
+            break
+        await asyncio.sleep(0.1)
+    return wrong
+
+
+def _imbalance(world: World, service: str, figures: StreamFigures, ghosts: int) -> list[str]:
+    """The ledger's imbalance is what others deleted unread, and what they deleted and nobody has noticed yet."""
+    name = STREAMS[service].name
+    expected = world.removals.imbalance[name] + ghosts
+    if figures.imbalance == expected:
+        return []
+    return [f"{name}: the ledger's imbalance is {figures.imbalance}, expected {expected}: {figures.ledger}"]
+
+
+def _grants_in_excess(world: World) -> list[str]:
+    excess = world.traffic.second_grants(world.removals.memory_gone)
+    return [f"AudioAPIServers received {excess} grants too many"] if excess else []
+
+
+async def drained(world: World) -> str:
+    """What is not at rest yet; empty when everything is."""
+    found = await world.figures()
+    if found is None:
+        return "Redis does not answer"
+    waiting = [
+        f"{STREAMS[service].name}: backlog {one.backlog}, pending {one.pending}"
+        for service, one in found.items()
+        if one.backlog > 0 or one.pending > 0
+    ]
+    if not waiting and (open_ := await asyncio.to_thread(_commands_without_result, world)):
+        waiting.append(f"{len(open_)} commands without a result")
+    return "; ".join(waiting)
+
+
+async def judge(world: World, drained_seconds: float, undrained: str, broken: Iterable[str]) -> Judgement:
+    """The verdict, when nothing is moving any more."""
+    names = [STREAMS[service] for service in PRODUCED]
+    rows = world.traffic.rows()
+    removed = world.removals.of(rows)
+    odd: list[str] = []
+    imbalances: list[str] = []
+    async with world.connected() as redis:
+        holdings = await read_redis(redis, names)
+        grants = await read_grants(redis, NAMES.quota_response)
+        grants.complete_from_ms = max(grants.complete_from_ms, world.removals.answers_gone_ms)
+        found = await world.figures()
+        for service, stream in STREAMS.items():
+            oddities = await views.examine(redis, stream)
+            odd += (f"{stream.name}: {one} is in no view" for one in oddities.strays)
+            odd += (f"{stream.name}: {one} is in two views" for one in oddities.doubles)
+            odd += (f"{stream.name}: {one} is in a view and gone" for one in oddities.ghosts)
+            if found is not None and service in PRODUCED:
+                imbalances += _imbalance(world, service, found[service], 0)
+    ledger = Ledger(world.book_file)
+    try:
+        book = ledger.book()
+        commands = ledger.commands()
+    finally:
+        ledger.close()
+    books = reconcile(rows, book, holdings, grants, removed)
+    wrong = books.wrong
+    conflicts = [
+        f"{one.endpoint}: transaction {one.transaction_id} with other content"
+        for one in book.arrivals
+        if one.verdict == Verdict.CONFLICT and one.endpoint != "command_results"
+    ]
+    twice = [
+        f"command {one['command_id']} has {len(one['results'])} results"
+        for one in commands
+        if len(one["results"]) > 1 and not world.removals.memory_gone
+    ]
+    obeyed = [
+        f"command {one['command_id']}, forged ({one['forge']}), was carried out"
+        for one in commands
+        if one["forge"] is not None and any(result["body"]["success"] for result in one["results"])
+    ]
+    tracebacks = [f"{replica.name}: {n}" for replica in world.replicas if (n := replica.tracebacks())]
+    checks = [
+        Check("entries lost", wrong("lost")),
+        Check("second effects of one transaction", wrong("billed_twice")),
+        Check("repetitions with another key", wrong("key_changes")),
+        Check("repetitions with other content", [*wrong("content_changes"), *conflicts]),
+        Check("order violations", _but_of(wrong("out_of_order"), world.redriven)),
+        Check("second grants", [*wrong("second_grants"), *_grants_in_excess(world)]),
+        Check("quota requests settled without a grant", wrong("unanswered")),
+        Check("commands with two results", twice),
+        Check("forged commands carried out", obeyed),
+        Check("ledger imbalance beyond what others deleted", imbalances),
+        Check("entries not in exactly one view", odd),
+        Check("dead letters that are not faulty", _but_of(wrong("unexpected_dead"), world.poisoned)),
+        Check("faulty entries delivered", wrong("unexpected_delivered")),
+        Check(f"entries or commands under way after {DRAIN_WITHIN:.0f} s", [undrained] if undrained else []),
+        Check("processes that ended by themselves", [*world.died, *world.traffic.failures]),
+        Check("tracebacks in the logs", tracebacks),
+        Check("expectations of a fault that were not met", [*broken]),
+    ]
+    figures = {
+        "entries produced": books.total("produced"),
+        "delivered": books.total("delivered"),
+        "sent again and absorbed by the ControlPlane": books.total("duplicates"),
+        **{f"dead, {reason}": n for reason, n in sorted(books.dead().items())},
+        "taken away by others before delivery": books.total("removed"),
+        "XADDs with a lost reply": books.total("uncertain"),
+        "commands": len(commands),
+        "commands with a forged token": sum(one["forge"] is not None for one in commands),
+        "requests that arrived": book.arrivals[-1].request if book.arrivals else 0,
+    }
+    return Judgement(checks, books, figures, drained_seconds)
+
+
+def _but_of(found: list[str], sessions: set[str]) -> list[str]:
+    """What does not concern these sessions."""
+    return [one for one in found if one.partition("session ")[2].partition(",")[0] not in sessions]
+
+
+def _commands_without_result(world: World) -> list[str]:
+    ledger = Ledger(world.book_file)
+    try:
+        return [one["command_id"] for one in ledger.commands() if not one["results"]]
+    finally:
+        ledger.close()
