@@ -47,7 +47,8 @@ image: ## Build the container image dataplane-agent (PYTHON_IMAGE names its base
 lock: $(VENV)/lock.stamp ## Pin the dependencies: requirements/*.lock from pyproject.toml (ARGS=--upgrade: anew)
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])' \
 	  | $(COMPILE) --output-file requirements/build.lock -
-	$(COMPILE) --output-file requirements/dev.lock --all-extras pyproject.toml
+	$(COMPILE) --output-file requirements/dev.lock --extra sandbox --extra test --extra check pyproject.toml
+	$(COMPILE) --output-file requirements/bench.lock --constraint requirements/dev.lock --extra sandbox --extra bench pyproject.toml
 	$(COMPILE) --output-file requirements/demo.lock --constraint requirements/dev.lock --extra sandbox pyproject.toml
 	$(COMPILE) --output-file requirements/runtime.lock --constraint requirements/dev.lock pyproject.toml
 
@@ -79,6 +80,11 @@ $(VENV)/demo.stamp: requirements/build.lock requirements/demo.lock pyproject.tom
 $(VENV)/dev.stamp: requirements/dev.lock $(VENV)/demo.stamp
 	@echo 'Installing requirements/dev.lock into $(VENV)'
 	@$(PIP) install --quiet --require-hashes -r requirements/dev.lock
+	@touch $@
+
+$(VENV)/bench.stamp: requirements/bench.lock $(VENV)/demo.stamp
+	@echo 'Installing requirements/bench.lock into $(VENV)'
+	@$(PIP) install --quiet --require-hashes -r requirements/bench.lock
 	@touch $@
 
 $(VENV)/lock.stamp: | $(BIN)/python

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -59,6 +60,7 @@ def main() -> int:
         options.full,
     )
     results: dict[str, Any] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended on the way out
     try:
         with Lab() as lab:
             results["meta"] = _meta(lab, plan)

@@ -15,7 +15,7 @@ from benchmarks.statistics import medians
 from dataplane_agent.memory import total_pss_mb
 from dataplane_agent.supervisor import SERVICES
 
-SETTLE_SECONDS = 2.0
+SETTLE_SECONDS = 1.0
 """After the start, before anything is weighed."""
 
 

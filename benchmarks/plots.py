@@ -30,11 +30,11 @@ def draw(results: Results, directory: Path) -> list[str]:
 
 
 def _throughput(results: Results, axes: Any) -> bool:
-    rows = []
-    for part in ("throughput", "peers"):
+    rates: dict[str, float] = {}
+    for part in ("peers", "throughput"):  # the bare loop is in both
         found = results.get(part, {"medians": {}, "titles": {}})
-        rows += [(found["titles"][name], row["rate"]) for name, row in found["medians"].items()]
-    rows.sort(key=lambda row: row[1])
+        rates |= {found["titles"][name]: row["rate"] for name, row in found["medians"].items()}
+    rows = sorted(rates.items(), key=lambda row: row[1])
     bars = axes.barh([title for title, _ in rows], [rate for _, rate in rows])
     axes.bar_label(bars, fmt="{:,.0f}", padding=3)
     axes.set_xlabel("records a second, one run after the other on one machine")
@@ -46,8 +46,8 @@ def _latency(results: Results, axes: Any) -> bool:
     found = results.get("latency", {})
     for name, row in found.items():
         if isinstance(row, dict):
-            axes.hist(row["milliseconds"], bins=120, histtype="step", density=True, label=f"{name}")
-            axes.axvline(row["p99_ms"], linestyle=":", linewidth=1)
+            drawn = axes.hist(row["milliseconds"], bins=120, histtype="step", density=True, label=name)
+            axes.axvline(row["p99_ms"], linestyle=":", linewidth=1, color=drawn[2][0].get_edgecolor())
     axes.set_xlabel("ms from XADD to settled (dotted: p99)")
     axes.set_yticks([])
     axes.set_xlim(left=0)

@@ -67,11 +67,3 @@ def medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
 def paired_ratio(these: Sequence[dict[str, float]], those: Sequence[dict[str, float]], figure: str) -> float:
     """The median over the rounds of these by those: both of one round had the same machine."""
     return median(a[figure] / b[figure] for a, b in zip(these, those, strict=True))
-
-
-def histogram(values: Sequence[float], bounds: Sequence[float]) -> list[int]:
-    """How many values fall below each bound and not below the one before it; the last: above all."""
-    counts = [0] * (len(bounds) + 1)
-    for value in values:
-        counts[bisect_left(bounds, value)] += 1
-    return counts

@@ -195,5 +195,5 @@ class _Watch(Unobserved):
         self._agent.opened_at = self._loop.time() if state == 2 else None
 
 
-async def _nothing() -> None:
+async def _nothing(*_: object) -> None:
     pass

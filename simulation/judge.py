@@ -168,7 +168,7 @@ class Judge:
         self.note("trouble", process=process, call=name, error=error)
         if name != "XREAD":
             self._trouble[process] = self._loop.time()
-        if name == "renew":
+        if name in ("renew", "XPENDING", "fetch"):
             self._unrenewed[process] = self._loop.time()
 
     def sends(self, process: Process, name: str, command: tuple[Any, ...]) -> None:

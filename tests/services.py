@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import msgspec
 from redis.asyncio import Redis
@@ -248,7 +248,7 @@ async def where_is(redis: Redis, service: str, entry_id: bytes) -> str:
         return "settled"
     with suppress(ResponseError):  # there is no group before the first service has started
         if dead := await redis.xpending_range(stream.name, stream.dead_group, entry_id, entry_id, 1):
-            return f"dead: {dead[0]['consumer'].decode()}"
+            return f"dead: {cast(bytes, dead[0]['consumer']).decode()}"
         if await redis.xpending_range(stream.name, stream.group, entry_id, entry_id, 1):
             return "pending"
     return "waiting"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from random import Random
 
 from common.control_plane.gate import Gate
@@ -20,7 +20,7 @@ from common.entries import Entry, Hand, Row
 from common.lease import Lease
 from common.logs import get
 from common.reclaimer import Reclaimer
-from common.redis_border import GroupGone, RedisFault, Scripts, border
+from common.redis_border import Full, GroupGone, RedisFault, Scripts, border
 from common.redis_state import RedisState
 from common.settlement import Settlement, TurnLost
 from common.streams import GREATEST_ID, MAX_ENTRY_BYTES, Stream
@@ -80,6 +80,7 @@ class Consumer:
             gate=gate,
             tally=tally,
             fetch=self._fetch,
+            let_go=self._let_go,
             on_fault=self._on_fault,
             clock=clock,
             random=random,
@@ -106,6 +107,7 @@ class Consumer:
         self._groups_made = False
         self._orphans = True  # a read may have delivered entries whose reply never came
         self._era = 0  # of the turn whose pending entries have been taken over
+        self._beginnings = 0
         self._last_id = b"0-0"
         self._stopped = False
         self._task: asyncio.Task[None] | None = None
@@ -126,7 +128,6 @@ class Consumer:
     async def run(self) -> None:
         """Reads when there is room, hands on, until told to stop."""
         self._task = asyncio.current_task()
-        self.delivery.start()
         try:
             while not self._stopped:
                 try:
@@ -203,9 +204,15 @@ class Consumer:
     async def _hand_on(self, rows: list[Row]) -> None:
         """Each new row becomes an entry in hand; what is in hand already has been ours all along."""
         now = self._clock()
-        for row in rows:
-            if row[0] not in self.hand:
-                await self.delivery.take(Entry.of(row, now))
+        entries = [Entry.of(row, now) for row in rows if row[0] not in self.hand]
+        for entry in entries:
+            self.hand.take(entry)  # all at once: their lease is kept from here on
+        for n, entry in enumerate(entries):
+            try:
+                await self.delivery.take(entry)
+            except RedisFault:
+                self.hand.drop(entries[n:])  # found again, as delivered to nobody
+                raise
         self.delivery.call(len(rows))
 
     async def _doorbell(self) -> None:
@@ -234,16 +241,18 @@ class Consumer:
         """Waits for the turn; a new holder first takes all that is pending, in order, before it reads."""
         if self.ready_at is None:
             self.ready_at = self._clock()  # who waits for the turn is ready
-        with self._cut_short_by_stop():
-            await turn.taken.wait()
-        if self._era != turn.era:
+        while not (turn.held and self._era == turn.era):
+            with self._cut_short_by_stop():
+                await turn.taken.wait()
             era = turn.era
             self._let_go()  # what is left of an earlier turn comes again, with all that others have changed
+            beginnings = self._beginnings
             rows = await self._reclaimer.take_all()
             self._tally.claimed_entries(len(rows))
             await self._hand_on(rows)
-            self._era = era
-            self._orphans = False
+            if self._beginnings == beginnings:
+                self._era = era
+                self._orphans = False
 
     def _lose_turn(self) -> None:
         """The turn is somebody else's: what is in hand is delivered by the successor, in order."""
@@ -252,7 +261,9 @@ class Consumer:
         self._let_go()
 
     def _let_go(self) -> None:
+        """Begins from the beginning: what is in hand is dropped, and taken again in order with all that is pending."""
         self._era = 0
+        self._beginnings += 1
         self.delivery.forget()
         self.settlement.forget()
         self.hand.clear()
@@ -277,6 +288,7 @@ class Consumer:
     def children(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """Named tasks that run until the process ends; they never raise for what Redis does."""
         tasks: dict[str, Callable[[], Awaitable[None]]] = {
+            "slots": self.delivery.run,
             "settlement": lambda: self.settlement.run(self._on_fault),
             "lease": lambda: self._lease.run(self._on_fault),
             "parking": self.delivery.parking.run,
@@ -304,11 +316,12 @@ class Consumer:
         """
         try:
             async with asyncio.timeout_at(until):
-                waiting = [entry for entry in self.hand if not entry.in_flight and not entry.ended]
+                waiting = [e for e in self.hand if not (e.in_flight or e.ended or e.suspect)]
                 if self.turn is None:  # in order, nobody may take what is behind a request that is out
                     await self.settlement.hand_over(waiting)
                 await self.delivery.end_requests(until - min(1.0, (until - self._clock()) / 4))
-                await self.settlement.flush()
+                with suppress(Full):  # a grant that cannot be written is asked for again by another
+                    await self.settlement.flush()
                 await self.settlement.hand_over(list(self.hand))
                 if self.turn is not None:
                     await self.turn.give_up()

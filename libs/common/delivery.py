@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from random import Random
 from typing import Protocol
 
@@ -93,6 +94,7 @@ class Delivery:
         gate: Gate,
         tally: Tally,
         fetch: Callable[[bytes], Awaitable[Entry | None]],
+        let_go: Callable[[], None],
         on_fault: Callable[[RedisFault], float],
         clock: Callable[[], float],
         random: Random,
@@ -106,6 +108,7 @@ class Delivery:
         self._gate = gate
         self._tally = tally
         self._fetch = fetch
+        self._let_go = let_go
         self._on_fault = on_fault
         self._clock = clock
         self._random = random
@@ -114,6 +117,7 @@ class Delivery:
         self.parking = Parking(self._wake, clock)
         self._suspects: deque[Entry] = deque()
         self._one_suspect = asyncio.Lock()
+        self._counted: Entry | None = None  # the suspect whose count is one higher, in case we die of it
         self._alone = False  # a suspect is being delivered, and nothing else
         self._quieting = False  # a suspect waits for the requests in flight to end
         self._stopped = False
@@ -124,13 +128,18 @@ class Delivery:
 
     # -- what the loop says --------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Opens the slots."""
+    async def run(self) -> None:
+        """Keeps the slots open until `end_requests`; raises what a slot raises, since its entries would be stuck."""
         self._slots = [asyncio.create_task(self._work()) for _ in range(self._limits.max_in_flight)]
+        ended, _ = await asyncio.wait(self._slots, return_when=asyncio.FIRST_EXCEPTION)
+        for slot in ended:
+            if not slot.cancelled():
+                slot.result()
 
     async def take(self, entry: Entry) -> None:
-        """Takes an entry in hand: it is on its way to a slot, dead on arrival, or suspected."""
-        self.hand.take(entry)
+        """Takes on an entry in hand: it is on its way to a slot, dead on arrival, or suspected. Raises RedisFault."""
+        if not self.hand.holds(entry):
+            return  # lost while others were taken on
         if not entry.suspect:
             self._enqueue(entry)
         elif self._handler.ordered:
@@ -150,16 +159,18 @@ class Delivery:
 
     def lost(self, entries: list[Entry]) -> None:
         """These are somebody else's by now: they leave the hand; a request that is out runs to its end."""
+        self._log.warning(
+            "entries.lost", ids=[entry.id.decode() for entry in entries[:20]], count=len(entries)
+        )
+        if self._turn is not None:
+            self._let_go()  # they may come again (the group was re-made): nothing behind them may overtake them
+            return
         waiting = [entry for entry in entries if not entry.in_flight]
         self._lanes.remove(waiting)
         self.parking.remove(waiting)
         gone = {id(entry) for entry in waiting}
         self._suspects = deque(entry for entry in self._suspects if id(entry) not in gone)
         self.hand.drop(entries)
-        self.call(len(entries))  # what waited behind them may go
-        self._log.warning(
-            "entries.lost", ids=[entry.id.decode() for entry in entries[:20]], count=len(entries)
-        )
 
     def forget(self) -> None:
         """Drops what is ready, parked or suspected; a request that is out runs to its end."""
@@ -178,9 +189,8 @@ class Delivery:
             await within(until - self._clock(), self._quiet.wait())
         for slot in self._slots:
             slot.cancel()
-        for entry in self.hand:
-            if entry.in_flight and entry.suspect:
-                entry.deliveries -= 1  # the process stops, it does not die of this entry
+        if self._counted is not None:
+            self._counted.deliveries -= 1  # the process stops, it does not die of this entry
         if self._reopening is not None:
             self._reopening.cancel()
 
@@ -201,21 +211,27 @@ class Delivery:
         async with self._one_suspect:
             if self._is_poison(entry):
                 return
-            proven = entry.deliveries
-            try:
-                entry.deliveries += 1
+            with self._counting(entry) as proven:
                 if await self.settlement.renew([entry]):
                     self.lost([entry])
                     return
                 if not await self._read_fields(entry):
                     return
                 dead = self._decode(entry)
-                entry.deliveries = proven
-                await self.settlement.renew([entry])
-            except RedisFault:
-                self.hand.drop([entry])  # the loop finds it again, as delivered to nobody
-                raise
+            entry.deliveries = proven
+            await self.settlement.renew([entry])
         self._route(entry, dead)
+
+    @contextmanager
+    def _counting(self, entry: Entry) -> Iterator[int]:
+        """Raises a suspect's count, in case we die of it, and gives what it was; a stop within takes it back."""
+        proven = entry.deliveries
+        entry.deliveries += 1
+        self._counted = entry
+        try:
+            yield proven
+        finally:
+            self._counted = None
 
     async def _read_fields(self, entry: Entry) -> bool:
         """Fetches what a suspect came without; False when it is not ours any more."""
@@ -313,6 +329,9 @@ class Delivery:
         try:
             async with self._one_suspect:
                 await self._deliver_suspect(entry)
+                await self._write_findings()
+        except RedisFault as fault:
+            await asyncio.sleep(self._on_fault(fault))
         finally:
             self._alone = False
             self.call(len(self._idle))
@@ -320,27 +339,27 @@ class Delivery:
     async def _deliver_suspect(self, entry: Entry) -> None:
         proven = entry.deliveries
         try:
-            if not await self._clear_others() or self._is_poison(entry):
+            if not await self._write_findings() or self._is_poison(entry):
                 return
-            entry.deliveries += 1
-            if await self.settlement.renew([entry]):
-                self.lost([entry])
-                return
-            if entry.message is None:
-                if not await self._read_fields(entry):
+            with self._counting(entry):
+                if await self.settlement.renew([entry]):
+                    self.lost([entry])
                     return
-                if dead := self._decode(entry):
-                    self.settlement.died(entry, dead)
-                    return
-            await self._deliver([entry])
+                if entry.message is None:
+                    if not await self._read_fields(entry):
+                        return
+                    if dead := self._decode(entry):
+                        self.settlement.died(entry, dead)
+                        return
+                await self._deliver([entry])
         except RedisFault as fault:
             entry.deliveries = proven
             if self.hand.holds(entry):  # not after a turn that was lost meanwhile
                 self._again(entry)
             await asyncio.sleep(self._on_fault(fault))
 
-    async def _clear_others(self) -> bool:
-        """Writes what was found out about others, lest this one's death count against them; False: the turn is lost."""
+    async def _write_findings(self) -> bool:
+        """Writes what is known of all in hand, lest another's death count against them; False: the turn is lost."""
         if not await self.settlement.flushed():
             return False
         unwritten = [entry for entry in self.hand if entry.leased_at == UNWRITTEN]

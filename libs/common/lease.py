@@ -53,9 +53,11 @@ class Lease:
         if not entries:
             return
         now = self._clock()
+        leased_at = [entry.leased_at for entry in entries]
         gone = await self._settlement.renew(entries)
-        for entry in entries:
-            entry.leased_at = now
+        for entry, before in zip(entries, leased_at, strict=True):
+            if entry.leased_at == before:  # else its count has changed meanwhile, and is still to be written
+                entry.leased_at = now
         # What was settled while the call was under way is gone, and well so.
         lost = [entry for entry in gone if self._hand.holds(entry) and not entry.ended]
         if lost:

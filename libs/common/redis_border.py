@@ -59,7 +59,9 @@ VERDICTS: dict[type[BaseException], type[RedisFault]] = {
     errors.AuthenticationError: Denied,
     errors.AuthenticationWrongNumberOfArgsError: Denied,
     errors.AuthorizationError: Denied,
+    errors.ChildDeadlockedError: Away,
     errors.ExternalAuthProviderError: Denied,
+    errors.IncorrectPolicyType: Away,
     errors.NoPermissionError: Denied,
     errors.OutOfMemoryError: Full,
     errors.ReadOnlyError: Demoted,
@@ -106,7 +108,7 @@ def border() -> Iterator[None]:
     """Everything that crosses from redis-py becomes a RedisFault."""
     try:
         yield
-    except (TimeoutError, errors.RedisError, errors.RedisClusterException, OSError) as error:
+    except tuple(VERDICTS) as error:
         raise fault(error) from error
 
 

@@ -23,8 +23,15 @@ from common.streams import HANDOVER, Stream
 BATCH = 500
 """Entries a script call; a larger one would keep the server from its other clients for too long."""
 
-LINGER = 0.02
+LINGER = 0.005
 """Seconds for which a settlement waits for company while requests are out; when none is, it waits no longer."""
+
+LINGER_BUSY = 0.05
+BUSY = 128
+"""With more entries in hand than these, a settlement waits longer and fills up: a script call costs what it costs."""
+
+ENOUGH = 250
+"""Entries with which a settlement waits for no more: so many that the loop reads again."""
 
 GRANT_KEPT_MS = 3_600_000
 
@@ -103,7 +110,7 @@ class Settlement:
         entry.ended = True
         self._settling.append((entry, outcome.duplicate))
         self._work.set()
-        if len(self._settling) >= BATCH:
+        if len(self._settling) >= ENOUGH:
             self._full.set()
 
     def died(self, entry: Entry, dead: Dead) -> None:
@@ -123,12 +130,12 @@ class Settlement:
         while True:
             await self._work.wait()
             self._work.clear()
-            if len(self._settling) < BATCH:
-                try:
-                    async with asyncio.timeout(LINGER):
-                        await self._full.wait()
-                except TimeoutError:
-                    pass
+            busy = self.hand.active - len(self._settling) > BUSY
+            try:
+                async with asyncio.timeout(LINGER_BUSY if busy else LINGER):
+                    await self._full.wait()
+            except TimeoutError:
+                pass
             self._full.clear()
             try:
                 await self.flushed()

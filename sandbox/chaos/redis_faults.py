@@ -73,9 +73,7 @@ async def redis_connections_killed(scene: Scene) -> None:
     """
     for _ in range(10):
         with suppress(RedisError):
-            scene.saw(
-                "connections killed", await scene.world.redis.command("CLIENT KILL", "TYPE", "normal")
-            )
+            scene.saw("connections killed", await scene.world.redis.command("CLIENT KILL", "TYPE", "normal"))
         await asyncio.sleep(0.2)
 
 

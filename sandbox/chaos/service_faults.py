@@ -7,19 +7,35 @@ import resource
 import shutil
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+from redis.exceptions import RedisError
+
 from common.producer import Producer
 from common.schemas import UsageRecord
+from sandbox.audio_api_server import Traffic
 from sandbox.book import Row
 from sandbox.chaos.catalogue import Scene, fault
-from sandbox.chaos.crash_points import POINTS, Plan, points_of
+from sandbox.chaos.crash_points import Plan, points_of
 from sandbox.chaos.replica import Replica
 from sandbox.chaos.world import CLAIM_EVERY, DRAIN, MAX_DELIVERIES, REPLICAS, STREAMS, VISIBILITY, World
 
 POISON_WITHIN = 60.0
+MOST_HITS = {
+    "turn_take": 4,
+    "read": 20,
+    "take_over": 4,
+    "request": 20,
+    "remember": 3,
+    "settle": 12,
+    "answer": 6,
+    "bury": 3,
+    "renew": 3,
+}
+"""A crash point is struck at one of its first passings; without a number here at the first."""
+
 FULL = Path("/dev/full")
 
 
@@ -119,7 +135,7 @@ async def crash_point(scene: Scene) -> None:
     world = scene.world
     service = scene.random.choice(list(REPLICAS))
     point = scene.random.choice(points_of(service))
-    hit = scene.random.randint(1, 12 if point.step in ("read", "request", "settle", "answer") else 2)
+    hit = scene.random.randint(1, MOST_HITS.get(point.step, 1))
     replicas = world.of(service)
     subject, others = replicas[0], replicas[1:]
     async with busy(subject):
@@ -130,10 +146,45 @@ async def crash_point(scene: Scene) -> None:
             for other in others:
                 async with busy(other):
                     other.kill()
-        if await subject.ended(VISIBILITY + 4.0) is None:
-            await subject.stop()
+        async with _provoked(scene, point.step):
+            if await subject.ended(VISIBILITY + 4.0) is None:
+                await subject.stop()
         reached = subject.exit_code == -signal.SIGKILL
-        scene.saw(f"point {POINTS[point.number - 1]}" if reached else "points not come to")
+        scene.saw(f"{service} at point {point}" if reached else f"{service} never at point {point}")
+
+
+@asynccontextmanager
+async def _provoked(scene: Scene, step: str) -> AsyncIterator[None]:
+    """Circumstances under which a service comes to a step that is rare otherwise."""
+    world = scene.world
+    match step:
+        case "renew":
+            async with world.faulty({"kind": "latency", "seconds": 1.5}):
+                yield
+        case "hand_over":
+            async with world.faulty({"kind": "status", "status": 503, "share": 0.7}):
+                yield
+        case "fetch" | "bury":
+            provoking = asyncio.create_task(_cut_connections(world) if step == "fetch" else _malformed(scene))
+            try:
+                yield
+            finally:
+                provoking.cancel()
+                await asyncio.gather(provoking, return_exceptions=True)
+        case _:
+            yield
+
+
+async def _cut_connections(world: World) -> None:
+    while True:
+        with suppress(RedisError):
+            await world.redis.command("CLIENT KILL", "TYPE", "normal")
+        await asyncio.sleep(0.03)
+
+
+async def _malformed(scene: Scene) -> None:
+    traffic = Traffic(50, 50, malformed=0.9, seed=scene.random.randrange(2**32))
+    await scene.world.traffic.add(traffic).run(VISIBILITY + 3.0)
 
 
 @fault("service")

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any, Self
@@ -88,6 +89,7 @@ class World:
         self.spare_port = free_port()
         self._seed = seed
         self._servers = 0
+        self._rules: list[Sequence[dict[str, Any]]] = []
         self._poll: Redis | None = None
         self._key_file = directory / "api-key"
         self._stack = AsyncExitStack()
@@ -103,7 +105,7 @@ class World:
             self.control_plane = await stack.enter_async_context(
                 ControlPlaneProcess(db=self.book_file, arguments=names)
             )
-            await self.control_plane.put_faults(NOISE)
+            await self._put_rules()
             self._key_file.touch(0o600)
             self._key_file.write_text(self.control_plane.api_key)
             stack.callback(self._kill_replicas)
@@ -255,13 +257,18 @@ class World:
     # -- the ControlPlane ------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def faulty(self, *rules: dict[str, Any], noise: bool = True) -> AsyncIterator[None]:
-        """These rules are in force within the block, beside the noise or without it."""
-        await self.control_plane.put_faults([*(NOISE if noise else ()), *rules])
+    async def faulty(self, *rules: dict[str, Any]) -> AsyncIterator[None]:
+        """These rules are in force within the block, beside the noise and those of other blocks."""
+        self._rules.append(rules)
+        await self._put_rules()
         try:
             yield
         finally:
-            await self.control_plane.put_faults(NOISE)
+            self._rules.remove(rules)
+            await self._put_rules()
+
+    async def _put_rules(self) -> None:
+        await self.control_plane.put_faults([*NOISE, *chain.from_iterable(self._rules)])
 
     # -- waiting ---------------------------------------------------------------------------------------
 

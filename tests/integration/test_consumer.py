@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -336,7 +337,7 @@ async def test_a_stop_at_any_moment_leaves_nothing_under_the_own_name(
 async def test_nobody_takes_a_delivery_that_is_slow(redis: Redis, redis_server: RedisServer) -> None:
     slow, idle = Told(), Told()
     slow.hold_all()
-    limits = {"visibility_timeout": 0.5, "claim_interval": 0.1}
+    limits: dict[str, Any] = {"visibility_timeout": 0.5, "claim_interval": 0.1}
     async with consuming(redis_server.port, slow, name="slow", **limits) as me:
         (entry,) = await add(redis, "a")
         await slow.until_begun(1)
@@ -352,7 +353,7 @@ async def test_nobody_takes_a_delivery_that_is_slow(redis: Redis, redis_server: 
 async def test_a_parked_entry_keeps_its_lease(redis: Redis, redis_server: RedisServer) -> None:
     parked, idle = Told(), Told()
     parked.answer = LATER
-    limits = {"visibility_timeout": 0.5, "claim_interval": 0.1}
+    limits: dict[str, Any] = {"visibility_timeout": 0.5, "claim_interval": 0.1}
     async with consuming(redis_server.port, parked, name="parked", **limits):
         (entry,) = await add(redis, "a")
         await parked.until_begun(1)
@@ -367,13 +368,13 @@ async def test_what_a_dead_consumer_left_is_taken_over_and_counts_one_crash(
     dying, heir = Told(), Told()
     dying.hold_all()
     heir.hold_all()
-    limits = {"visibility_timeout": 0.3, "claim_interval": 0.1}
+    limits: dict[str, Any] = {"visibility_timeout": 0.3, "claim_interval": 0.1}
     async with consuming(redis_server.port, dying, name="dying", **limits):
         ids = await add(redis, "a", "b", "c")
         await dying.until_begun(3)
     async with consuming(redis_server.port, heir, name="heir", **limits) as me:
         await heir.until_begun(3)
-        assert (await state(redis)).live == {entry_id: ("heir", 2) for entry_id in ids}
+        assert (await state(redis)).live == dict.fromkeys(ids, ("heir", 2))
         heir.let_go()
         await settled(redis, 3)
     assert me.tally.claimed == 3
@@ -729,7 +730,7 @@ async def test_a_stop_ends_what_is_in_flight_hands_over_the_rest_and_leaves_no_n
         await handler.until_begun(2)
         await eventually(lambda: len(me.consumer.hand) == 4)
         stopping = asyncio.create_task(me.stop())
-        handed = {parked: (HANDOVER, 1)} | {entry_id: (HANDOVER, 1) for entry_id in waiting}
+        handed = {parked: (HANDOVER, 1)} | dict.fromkeys(waiting, (HANDOVER, 1))
 
         async def handed_over() -> bool:
             return (await state(redis)).live == {**handed, slow: ("me", 1)}
@@ -737,9 +738,7 @@ async def test_a_stop_ends_what_is_in_flight_hands_over_the_rest_and_leaves_no_n
         await eventually(handed_over)
         handler.let_go()
         await stopping
-    assert await state(redis) == State(
-        entries=[parked, *waiting], live=handed, ledger={"delivered": 1}
-    )
+    assert await state(redis) == State(entries=[parked, *waiting], live=handed, ledger={"delivered": 1})
     assert await consumers(redis) == {HANDOVER}
     assert handler.delivered_ids == [parked, slow]
 

@@ -38,7 +38,7 @@ async def settle(redis: Redis, *ids: str) -> None:
 
 async def bury(redis: Redis, entry_id: str) -> None:
     keys = [STREAM.name, STREAM.dead_key, STREAM.ledger_key]
-    args = [STREAM.group, STREAM.dead_group, "me", "", entry_id, "rejected", 1, "{}"]
+    args: list[str | int] = [STREAM.group, STREAM.dead_group, "me", "", entry_id, "rejected", 1, "{}"]
     assert await Scripts(redis).run("bury", keys, args) == [1]
 
 

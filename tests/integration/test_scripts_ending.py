@@ -279,9 +279,7 @@ ANSWER: dict[str, tuple[dict[str, Any], int, int, State]] = {
 
 
 @pytest.mark.parametrize(("given", "answered", "n_grants", "want"), ANSWER.values(), ids=ANSWER)
-async def test_answer(
-    redis: Redis, given: dict[str, Any], answered: int, n_grants: int, want: State
-) -> None:
+async def test_answer(redis: Redis, given: dict[str, Any], answered: int, n_grants: int, want: State) -> None:
     await lay(redis, **given)
     assert await answer(redis, "1-0") == [answered]
     assert await state(redis) == want

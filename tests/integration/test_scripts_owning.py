@@ -38,7 +38,7 @@ async def take_over(
     redis: Redis, idle: int = 1000, cursor: bytes | str = "0-0", count: int = 100, token: str = ""
 ) -> list[Any]:
     keys = [STREAM.ledger_key, *([STREAM.turn_key] if token else [])]
-    args = ["me", HANDOVER, idle, cast(str, cursor), count, MAX_ENTRY_BYTES, token]
+    args: list[str | int] = ["me", HANDOVER, idle, cast(str, cursor), count, MAX_ENTRY_BYTES, token]
     return cast(list[Any], await run(redis, "take_over", keys, *args))
 
 
@@ -197,7 +197,8 @@ async def test_what_was_handed_over_comes_before_what_the_dead_left(redis: Redis
 
 async def test_a_takeover_goes_page_by_page_until_the_cursor_is_back_at_the_start(redis: Redis) -> None:
     await lay(redis, live={f"{n}-0": ("dead", 1) for n in range(1, 24)})
-    pages, cursor = [], b"0-0"
+    pages: list[list[str]] = []
+    cursor = b"0-0"
     while not pages or cursor != b"0-0":
         cursor, _, *rows = await take_over(redis, cursor=cursor, count=10)
         pages.append([row[0].decode() for row in rows])
@@ -220,7 +221,8 @@ async def test_everything_is_taken_in_order_whoever_holds_it(redis: Redis, count
 
 async def test_taking_everything_counts_no_crash_for_own_entries_beside_vanished_ones(redis: Redis) -> None:
     await lay(redis, live={f"{n}-0": ME for n in range(1, 7)}, deleted=["1-0", "2-0", "4-0"], idle=0)
-    taken, cursor, calls = {}, b"", 0
+    taken: dict[bytes, int] = {}
+    cursor, calls = b"", 0
     while cursor != b"0-0":
         cursor, _, *rows = await take_over(redis, EVERYTHING, cursor=cursor or b"0-0", count=2)
         taken |= {row[0]: row[4] for row in rows}

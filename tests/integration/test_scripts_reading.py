@@ -21,12 +21,12 @@ PLENTY = 32 * 1024 * 1024
 
 async def read(redis: Redis, count: int = 100, room: int = PLENTY, token: str = "") -> list[Any]:
     keys = [STREAM.name, STREAM.turn_key] if token else [STREAM.name]
-    args = [STREAM.group, STREAM.dead_group, "me", count, room, MAX_ENTRY_BYTES, token]
+    args: list[str | int] = [STREAM.group, STREAM.dead_group, "me", count, room, MAX_ENTRY_BYTES, token]
     return cast(list[Any], await Scripts(redis).run("read", keys, args))
 
 
 async def fetch(redis: Redis, *ids: str) -> tuple[list[bytes], list[list[Any]]]:
-    args = [STREAM.group, "me", MAX_ENTRY_BYTES, *ids]
+    args: list[str | int] = [STREAM.group, "me", MAX_ENTRY_BYTES, *ids]
     vanished, *rows = await Scripts(redis).run("fetch", [STREAM.name, STREAM.ledger_key], args)
     return vanished, rows
 

@@ -45,6 +45,10 @@ MAX_BACKOFF = 1.0
 """A Retry-After above it parks the entry; no quick retry and no pause of the breaker is longer."""
 
 QUOTA_REQUESTS = 200
+QUOTA_BOUND = 0.1
+"""Seconds, the 99th percentile on a machine that runs nothing else; it is printed."""
+BUSY_MACHINE = 2.5
+"""What other work on this machine may add before the test fails; a lost slot or a blocked loop costs more."""
 
 _numbers = count(1)
 
@@ -841,7 +845,7 @@ async def test_quota_is_granted_quickly_while_usage_is_saturated(
         print(f"\n  quota while usage is saturated: p50 {found['p50']:.3f} s, p99 {found['p99']:.3f} s")  # noqa: T201
     site.cp.clear_faults()
     await eventually(lambda: drained(site.redis, "usage_forwarder"), within=20)
-    assert found["p99"] < 0.1
+    assert found["p99"] < QUOTA_BOUND * BUSY_MACHINE
 
 
 def _milliseconds(entry_id: bytes) -> int:
@@ -962,22 +966,20 @@ async def command(service: str, *arguments: str, **environ: str) -> tuple[int, s
     return done.returncode, done.stdout, done.stderr
 
 
-ALL = (*STREAMS, "registrar")
-
-
-async def test_every_service_tells_its_version_and_finds_no_fault_where_there_is_none(site: Site) -> None:
-    told = await asyncio.gather(*(command(service, "--version") for service in ALL))
+async def test_every_service_tells_its_version() -> None:
+    told = await asyncio.gather(*(command(service, "--version") for service in (*STREAMS, "registrar")))
     assert len(set(told)) == 1
     assert told[0][0] == 0
-    checks = [
-        command(service, "--check-config", **site.running["usage_forwarder"].environ) for service in ALL
-    ]
-    assert {code for code, _, _ in await asyncio.gather(*checks)} == {0}
+
+
+async def test_a_configuration_without_fault_is_found_so(site: Site) -> None:
+    environ = site.running["usage_forwarder"].environ
+    assert await command("usage_forwarder", "--check-config", **environ) == (0, "", "")
 
 
 @pytest.mark.parametrize("arguments", [(), ("--check-config",)], ids=["started", "--check-config"])
 async def test_every_fault_of_the_configuration_is_printed_with_its_key(
-    site: Site, arguments: tuple[str, ...], tmp_path: Path
+    arguments: tuple[str, ...], tmp_path: Path
 ) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(

@@ -144,7 +144,7 @@ def test_no_tracked_file_names_a_host_that_somebody_else_runs() -> None:
 
 def test_every_locked_requirement_is_pinned_with_hashes_and_names_no_index() -> None:
     locks = sorted((ROOT / "requirements").glob("*.lock"))
-    assert [lock.stem for lock in locks] == ["build", "demo", "dev", "runtime"]
+    assert [lock.stem for lock in locks] == ["bench", "build", "demo", "dev", "runtime"]
     for lock in locks:
         text = lock.read_text()
         assert not INDEX_OPTION.search(text), lock.name

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from random import Random
 from typing import Any, Protocol
 from uuid import UUID
@@ -73,6 +73,7 @@ class EntryCall(msgspec.Struct, frozen=True, gc=False):
     refused_before: bool = False
 
 
+Delivering = Coroutine[Any, Any, Outcome]
 _Judgement = Callable[[Judge, Answer], Outcome | Split]
 
 
@@ -177,34 +178,31 @@ class ControlPlaneClient:
 
     # Calls for an entry.
 
-    async def usage_record(self, session_id: str, body: bytes, call: EntryCall) -> Outcome:
-        return await self._deliver("usage_records", session_id, "usage-records", body, call, Judge.delivery)
+    # No coroutines of their own: each one between a slot and the transport is paid for at every request.
 
-    async def usage_batch(self, session_id: str, body: bytes, call: EntryCall) -> Outcome | Split:
+    def usage_record(self, session_id: str, body: bytes, call: EntryCall) -> Delivering:
+        return self._send("usage_records", session_id, "usage-records", body, call, Judge.delivery)
+
+    def usage_batch(
+        self, session_id: str, body: bytes, call: EntryCall
+    ) -> Coroutine[Any, Any, Outcome | Split]:
         """Several records of one session; a Split says that they must be sent in parts."""
-        return await self._send("usage_records", session_id, "usage-records", body, call, Judge.batch)
+        return self._send("usage_records", session_id, "usage-records", body, call, Judge.batch)
 
-    async def start(self, session_id: str, body: bytes, call: EntryCall) -> Outcome:
-        return await self._deliver("start", session_id, "start", body, call, Judge.delivery)
+    def start(self, session_id: str, body: bytes, call: EntryCall) -> Delivering:
+        return self._send("start", session_id, "start", body, call, Judge.delivery)
 
-    async def complete(self, session_id: str, body: bytes, call: EntryCall) -> Outcome:
-        return await self._deliver("complete", session_id, "complete", body, call, Judge.delivery)
+    def complete(self, session_id: str, body: bytes, call: EntryCall) -> Delivering:
+        return self._send("complete", session_id, "complete", body, call, Judge.delivery)
 
-    async def refresh(self, session_id: str, body: bytes, call: EntryCall) -> Outcome:
+    def refresh(self, session_id: str, body: bytes, call: EntryCall) -> Delivering:
         """A Delivered carries the grant in `answer`."""
-        return await self._deliver("refresh", session_id, "refresh", body, call, Judge.refresh)
-
-    async def _deliver(
-        self, endpoint: str, session_id: str, verb: str, body: bytes, call: EntryCall, judge: _Judgement
-    ) -> Outcome:
-        outcome = await self._send(endpoint, session_id, verb, body, call, judge)
-        assert not isinstance(outcome, Split)  # only a batch can be split
-        return outcome
+        return self._send("refresh", session_id, "refresh", body, call, Judge.refresh)
 
     async def _send(
         self, endpoint: str, session_id: str, verb: str, body: bytes, call: EntryCall, judge: _Judgement
-    ) -> Outcome | Split:
-        """The first try and its quick retries."""
+    ) -> Any:
+        """The first try and its quick retries; returns what the judge does, a Split only for a batch."""
         if not _is_id(session_id):
             return Dead(Reason.INVALID, "api_session_id cannot stand in a path")
         request = _request(endpoint, session_id, verb, body, call, judge)
@@ -229,17 +227,18 @@ class ControlPlaneClient:
 
     async def _try(self, ticket: Ticket, request: _Request) -> Outcome | Split:
         """One request; the gate learns what became of it."""
+        self.requests_total += 1
         try:
-            answer = await self._exchange(
-                request.endpoint, "POST", request.path, request.headers, request.body
-            )
+            answer = await self.transport.send("POST", request.path, request.headers, request.body)
         except errors.TransportError as error:
+            self._observer.request(request.endpoint, "error", error.seconds)
             self.last_error = str(error)
             self._learn_silence(ticket, request, error)
             return self._judge.no_answer(error)
         except BaseException:
             self.gate.abandoned(ticket)
             raise
+        self._observer.request(request.endpoint, _label(answer.status), answer.seconds)
         outcome = request.judge(self._judge, answer)
         if isinstance(outcome, Delivered):
             self.gate.delivered(ticket)
@@ -379,7 +378,14 @@ class ControlPlaneClient:
         if body is not None:
             headers["Content-Type"] = _JSON
             content = body if isinstance(body, bytes) else msgspec.json.encode(body)
-        return self._judge.reply(await self._exchange(endpoint, method, path, headers, content))
+        self.requests_total += 1
+        try:
+            answer = await self.transport.send(method, path, headers, content)
+        except errors.TransportError as error:
+            self._observer.request(endpoint, "error", error.seconds)
+            raise
+        self._observer.request(endpoint, _label(answer.status), answer.seconds)
+        return self._judge.reply(answer)
 
     # The probe of a hold.
 
@@ -409,20 +415,6 @@ class ControlPlaneClient:
             # An answer to a request under way may still echo the old one.
             self._judge = Judge(Mask(self._secret, old), self._wall)
             self.transport.renew()
-
-    # What all calls go through.
-
-    async def _exchange(
-        self, endpoint: str, method: str, path: str, headers: dict[str, str], body: bytes | None
-    ) -> Answer:
-        self.requests_total += 1
-        try:
-            answer = await self.transport.send(method, path, headers, body)
-        except errors.TransportError as error:
-            self._observer.request(endpoint, "error", error.seconds)
-            raise
-        self._observer.request(endpoint, _label(answer.status), answer.seconds)
-        return answer
 
     def _correlation_id(self) -> str:
         return str(UUID(int=self._random.getrandbits(128), version=4))
