@@ -72,7 +72,13 @@ class ControlPlane:
     """One ControlPlane for all processes."""
 
     def __init__(
-        self, loop: Loop, random: Random, sessions: Sessions, fronts: list[Front], latency: float, timeout: float
+        self,
+        loop: Loop,
+        random: Random,
+        sessions: Sessions,
+        fronts: list[Front],
+        latency: float,
+        timeout: float,
     ) -> None:
         self.effects: dict[str, Effect] = {}
         self.sends: Counter[str] = Counter()  # requests per serial, those that were held not counted

@@ -151,7 +151,12 @@ class Judge:
             before = item.planned
             if before.place >= planned.place:
                 continue
-            if before.serial == serial or item.key in self.control_plane.effects or item.exempt or item.redriven:
+            if (
+                before.serial == serial
+                or item.key in self.control_plane.effects
+                or item.exempt
+                or item.redriven
+            ):
                 continue
             if _key(item.id) in twin or self._is_dying(item.id):
                 continue
@@ -160,7 +165,9 @@ class Judge:
     def _is_dying(self, entry_id: str) -> bool:
         """Somebody has its verdict and is about to bury it."""
         named = entry_id.encode()
-        return any(entry.ended for agent in self.agents if agent.alive for entry in agent.consumer.hand.of([named]))
+        return any(
+            entry.ended for agent in self.agents if agent.alive for entry in agent.consumer.hand.of([named])
+        )
 
     # -- what the network tells ------------------------------------------------------------------------
 
@@ -168,7 +175,7 @@ class Judge:
         self.note("trouble", process=process, call=name, error=error)
         if name != "XREAD":
             self._trouble[process] = self._loop.time()
-        if name in ("renew", "XPENDING", "fetch"):
+        if name in ("renew", "XPENDING", "fetch", "turn_take"):
             self._unrenewed[process] = self._loop.time()
 
     def sends(self, process: Process, name: str, command: tuple[Any, ...]) -> None:
@@ -179,7 +186,9 @@ class Judge:
         while recent[0] < now - 1.0:
             recent.popleft()
         if len(recent) > MOST_CALLS:
-            self.offence(f"busy: {process} makes more than {MOST_CALLS} calls to Redis in a second, now {name}")
+            self.offence(
+                f"busy: {process} makes more than {MOST_CALLS} calls to Redis in a second, now {name}"
+            )
             recent.clear()
         if name == "read" and isinstance(process, Agent) and not self._unwell(process, 6.0):
             self._check_gate(process)
@@ -216,7 +225,9 @@ class Judge:
                 if name == "settle":
                     self._settled.append(_id(key))
                 elif name in ("bury", "answer") and was.consumer_name != me:
-                    self.offence(f"owner: {process} ends {_id(key)} by {name}, which is {was.consumer_name!r}'s")
+                    self.offence(
+                        f"owner: {process} ends {_id(key)} by {name}, which is {was.consumer_name!r}'s"
+                    )
                 self._alone.pop(key, None)
             elif now != was:
                 self._check_change(process, name, key, was, now)
@@ -225,7 +236,9 @@ class Judge:
         self, process: Process, name: str, key: StreamEntryKey, was: PelEntry, now: PelEntry
     ) -> None:
         me = process.name.encode()
-        risen = now.times_delivered - max(was.times_delivered, self._known.get(key, 1) if name == "renew" else 0)
+        risen = now.times_delivered - max(
+            was.times_delivered, self._known.get(key, 1) if name == "renew" else 0
+        )
         self._known[key] = max(self._known.get(key, 1), now.times_delivered)
         match name:
             case "take_over":
@@ -236,7 +249,10 @@ class Judge:
                 self.offence(f"owner: {process} moves {_id(key)} by {name}, which is {was.consumer_name!r}'s")
             case "renew" if risen > 0:
                 self._alone[key] = was.times_delivered
-                if was.times_delivered < SUSPECT and self._loop.time() - self._unrenewed.get(process, -1e9) > 10.0:
+                if (
+                    was.times_delivered < SUSPECT
+                    and self._loop.time() - self._unrenewed.get(process, -1e9) > 10.0
+                ):
                     self.offence(f"count: {_id(key)} rises to {now.times_delivered} without a crash")
             case "renew":
                 self._alone.pop(key, None)
@@ -384,7 +400,9 @@ class Judge:
             told = {name: books.get(name, 0) for name in ("base", *GONE)}
             self.offence(f"ledger: {off} entries are not accounted for: {told}, {stream.entries_added} added")
         if self.plan.service == "usage_forwarder":
-            audio = sum(_audio(self.items[entry_id].planned) for entry_id in self._settled if entry_id in self.items)
+            audio = sum(
+                _audio(self.items[entry_id].planned) for entry_id in self._settled if entry_id in self.items
+            )
             if books.get("audio_ms", 0) != audio:
                 self.offence(f"ledger: audio_ms is {books.get('audio_ms', 0)}, expected {audio}")
 
@@ -402,7 +420,12 @@ class Judge:
             granted = given[item.key]
             if granted > 1:
                 self.offence(f"grants: {item} was answered {granted} times")
-            if not granted and not item.exempt and _key(item.id) not in twin and item.key not in self._conflicts:
+            if (
+                not granted
+                and not item.exempt
+                and _key(item.id) not in twin
+                and item.key not in self._conflicts
+            ):
                 self.offence(f"grants: {item} was never answered")
 
 

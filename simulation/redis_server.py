@@ -120,7 +120,9 @@ class _Interpreter:
         chunk = self._chunks.get(script)
         if chunk is None:
             # KEYS and ARGV as parameters instead of globals: nothing to set before each run.
-            chunk = self._chunks[script] = self._lua.execute(b"return function(KEYS, ARGV) " + script + b"\nend")
+            chunk = self._chunks[script] = self._lua.execute(
+                b"return function(KEYS, ARGV) " + script + b"\nend"
+            )
         return chunk(self.table(keys), self.table(args))
 
     def _call(self, *command: Any) -> Any:

@@ -33,7 +33,9 @@ RESTARTS_AFTER = 1.0
 
 LOOKS_EVERY = 0.5
 
-_BASE = config.load((), {"DATAPLANE_CONTROL_PLANE__API_KEY": "k", "DATAPLANE_CONTROL_PLANE__BASE_URL": "https://cp.example"})
+_BASE = config.load(
+    (), {"DATAPLANE_CONTROL_PLANE__API_KEY": "k", "DATAPLANE_CONTROL_PLANE__BASE_URL": "https://cp.example"}
+)
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -105,7 +107,9 @@ class World:
                 loop.set_exception_handler(lambda loop, context: None)
                 loop.dismiss()
         effects = [(key, effect.serial, effect.at) for key, effect in self.control_plane.effects.items()]
-        digest = hashlib.sha256(repr((loop.steps, loop.time(), effects, judge.offences)).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(
+            repr((loop.steps, loop.time(), effects, judge.offences)).encode()
+        ).hexdigest()[:16]
         story = "\n".join((str(self.plan), *judge.trace)) if judge.tracing else ""
         return Verdict(
             self.plan.seed,
@@ -134,7 +138,9 @@ class World:
         while not judge.drained and loop.time() < deadline:
             await self._until(loop.time() + LOOKS_EVERY)
         if not judge.drained:
-            judge.offence(f"drain: not within {plan.patience:.0f} s after the last fault: {judge.undrained()}")
+            judge.offence(
+                f"drain: not within {plan.patience:.0f} s after the last fault: {judge.undrained()}"
+            )
             raise _Condemned
         self.drained_at = loop.time()
         await self._until(loop.time() + RESTARTS_AFTER + 3.0)
@@ -373,7 +379,17 @@ class _Told:
         self._judge.offence(f"exception: {event}: {sys.exc_info()[1]!r} {facts}")
 
 
-LOGGERS = ("consumer", "settlement", "delivery", "reclaimer", "turn", "redis", "control_plane", "service", "audit")
+LOGGERS = (
+    "consumer",
+    "settlement",
+    "delivery",
+    "reclaimer",
+    "turn",
+    "redis",
+    "control_plane",
+    "service",
+    "audit",
+)
 
 
 @contextmanager
@@ -382,7 +398,9 @@ def _quiet(world: World) -> Iterator[None]:
     kept, hook = dict(logs._loggers), sys.unraisablehook
     logs._loggers.update({name: _Told(world, name) for name in LOGGERS})  # type: ignore[misc]
     world.loop.set_exception_handler(
-        lambda loop, context: world.judge.offence(f"unhandled: {context['message']}: {context.get('exception')!r}")
+        lambda loop, context: world.judge.offence(
+            f"unhandled: {context['message']}: {context.get('exception')!r}"
+        )
     )
     gc.disable()
     try:

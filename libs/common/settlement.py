@@ -154,13 +154,14 @@ class Settlement:
 
     async def flush(self) -> None:
         """Ends all that is waiting; raises RedisFault, and then keeps what was not ended, or TurnLost."""
+        end = self._settle if self._response_stream is None else self._answer
         async with self._flushing:
-            while self._settling:
-                await self._take(
-                    self._settling, self._settle if self._response_stream is None else self._answer
-                )
-            while self._burying:
-                await self._take(self._burying, self._bury)
+            try:
+                while self._settling:
+                    await self._take(self._settling, end)
+            finally:  # a grant that cannot be written must not keep a verdict from being recorded
+                while self._burying:
+                    await self._take(self._burying, self._bury)
 
     async def _take(self, queue: list[_Ended], end: Callable[[list[_Ended]], Awaitable[None]]) -> None:
         batch = queue[:BATCH]

@@ -41,6 +41,7 @@ class Turn:
         self._clock = clock
         self._renewed_at = float("-inf")
         self._given_up = False
+        self._missed = asyncio.Event()  # lost, so asked for again at once
         self._asking = asyncio.Lock()  # an answer that is under way must not take back what is given up
         self._log = get("turn")
 
@@ -63,7 +64,12 @@ class Turn:
             except RedisFault as fault:
                 self._expire()
                 pause = min(on_fault(fault), self._ttl / 3)
-            await asyncio.sleep(pause)
+            try:
+                async with asyncio.timeout(pause):
+                    await self._missed.wait()
+            except TimeoutError:
+                pass
+            self._missed.clear()
 
     async def ask(self) -> bool:
         """One attempt; raises RedisFault. The time of a renewal is the time before the call."""
@@ -95,6 +101,7 @@ class Turn:
         """Somebody found that the turn is no longer ours."""
         if self.held:
             self.taken.clear()
+            self._missed.set()
             self._log.warning("turn.lost", key=self.key)
 
     def _expire(self) -> None:

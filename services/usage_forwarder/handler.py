@@ -63,12 +63,15 @@ class UsageForwarder:
         """One request for all; in halves when it is refused or too long, one by one when it repeats something."""
         if len(entries) == 1:
             return [await self._deliver_one(entries[0])]
+        if any(
+            entry.refused_before for entry in entries
+        ):  # one of them is not wanted: not on account of the others
+            return [await self._deliver_one(entry) for entry in entries]
         body = schemas.usage_batch_body([self._body(entry) for entry in entries])
         answer: Outcome | Split = Split(one_by_one=False)
         if len(body) <= MAX_BATCH_BYTES:
             key = schemas.batch_key([entry.transaction_id for entry in entries])
-            refused_before = any(entry.refused_before for entry in entries)
-            call = EntryCall(key, key, None, refused_before=refused_before)
+            call = EntryCall(key, key)
             answer = await self._client.usage_batch(entries[0].lane, body, call)
         match answer:
             case Split(one_by_one=True):

@@ -50,7 +50,9 @@ async def test_only_the_entry_whose_delivery_kills_the_process_dies_of_it(
         if deaths < SUSPECT - 1:  # its neighbours are under way too, and die with it
             await control_plane.until(lambda: deliveries_of(neighbours[-1]) > deaths)  # noqa: B023
         victim = await owner()
-        next(replica for replica in replicas if replica.consumer == victim).restart()
+        next(
+            replica for replica in replicas if replica.lines("service.ready") and replica.consumer == victim
+        ).restart()
         deaths += 1
         if deaths == SUSPECT - 1:
             control_plane.faults.drop(slow)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from io import StringIO
+
 import pytest
 from redis.asyncio import Redis
 
+from common import logs
+from common.config import Monitoring
 from common.redis_border import Away, Demoted, Denied, Full, GroupGone
 from common.redis_state import LONGEST, SHORTEST, RedisState
 
@@ -42,14 +46,22 @@ def test_an_outage_begins_with_its_first_fault_and_ends_with_an_answer() -> None
     assert seen.connected == [True, False, True, False]
 
 
-def test_an_outage_is_two_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def log() -> StringIO:
+    """What is logged from here on."""
+    written = StringIO()
+    logs.setup("test", Monitoring(), "server", stream=written)
+    return written
+
+
+def test_an_outage_is_two_log_lines(log: StringIO) -> None:
     seen = Seen()
     for _ in range(1000):
         seen.state.failed(Away("gone"))
         seen.now += 0.1
     for _ in range(1000):
         seen.state.answered()
-    lines = [line for line in capsys.readouterr().err.splitlines() if '"redis.' in line]
+    lines = [line for line in log.getvalue().splitlines() if '"redis.' in line]
     assert len(lines) == 2
     assert "redis.unreachable" in lines[0]
     assert "redis.recovered" in lines[1]
@@ -64,12 +76,12 @@ def test_a_missing_group_and_a_full_memory_are_no_outage(fault: GroupGone | Full
     assert seen.connected == [True]
 
 
-def test_a_full_memory_is_said_once_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_memory_is_said_once_a_minute(log: StringIO) -> None:
     seen = Seen()
     for _ in range(150):
         seen.state.failed(Full("OOM"))
         seen.now += 1.0
-    assert capsys.readouterr().err.count("redis.full") == 3
+    assert log.getvalue().count("redis.full") == 3
 
 
 def test_a_refusal_is_fatal() -> None:

@@ -31,7 +31,9 @@ if type(twin) == 'table' then return twin end
 if twin == 1 then
   local documents = redis.call('HGETALL', KEYS[3])
   for i = 1, #documents, 2 do
-    local id, document = documents[i], cjson.decode(documents[i + 1])
+    local id = documents[i]
+    local read, document = pcall(cjson.decode, documents[i + 1])
+    if not read or type(document) ~= 'table' then document = {} end
     local reason, attempts = document.reason or 'rejected', math.max(1, document.attempts or 1)
     local shown = redis.call('XCLAIM', KEYS[1], ARGV[2], reason, 0, id, 'RETRYCOUNT', attempts, 'FORCE', 'JUSTID')
     if #shown == 0 then
