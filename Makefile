@@ -28,6 +28,10 @@ demo: $(VENV)/demo.stamp ## Show it: the whole system on this machine, a crash a
 test: $(VENV)/dev.stamp ## Run every test (embedded Valkey, and redis-server where it is installed)
 	@$(BIN)/pytest $(ARGS)
 
+.PHONY: chaos
+chaos: $(VENV)/demo.stamp ## Try to break it, with real processes (ARGS="--seed 1 2 3 --minutes 30", "--list", docs/reliability.md)
+	@$(BIN)/python -m sandbox.chaos $(ARGS)
+
 .PHONY: check
 check: $(VENV)/dev.stamp ## Run the quick gate: lint, format, types, import rules, unit tests
 	@$(BIN)/ruff check

@@ -286,7 +286,9 @@ class AudioAPIServer:
             await self._close_sessions()
             await self._grants.complete(grants_within)
         finally:
-            listener.cancel()
+            while not listener.done():  # on Python 3.11 a timed send of redis-py can swallow a cancellation
+                listener.cancel()
+                await asyncio.wait([listener], timeout=0.2)
             await asyncio.gather(listener, return_exceptions=True)
 
     def stats(self) -> Stats:

@@ -18,6 +18,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--verbose", action="store_true", help="tell the whole story, of one seed")
     parser.add_argument("--first", action="store_true", help="stop at the first seed that fails")
+    parser.add_argument("--brief", action="store_true", help="no story of a seed that fails")
     options = parser.parse_args()
     seeds = range(options.seed, options.seed + options.seeds)
     began = time.perf_counter()
@@ -38,7 +39,7 @@ def main() -> int:
                 break
     if pool is not None:
         pool.terminate()
-    if options.verbose or failed:
+    if options.verbose or (failed and not options.brief):
         seed = failed[0].seed if failed else options.seed
         told = play(seed, tracing=True)
         lines = told.story.splitlines()

@@ -66,6 +66,7 @@ class Judge:
         self.plan = plan
         self.offences: list[str] = []
         self.items: dict[str, Item] = {}
+        self.over = False
         self.tracing = False
         self.trace: list[str] = []
         self.books_lost = False  # the stream was deleted: its ledger begins anew
@@ -87,6 +88,7 @@ class Judge:
         self._known: dict[StreamEntryKey, int] = {}  # the highest delivery count it ever had
         self.turn_disturbed_at = float("-inf")  # an operator deleted the turn: its holder is not dead
         self._settled: list[str] = []
+        self._buried: set[str] = set()
         self._old: tuple[Pending, Pending] = ({}, {})
         self._on_offence = lambda: None
 
@@ -103,6 +105,8 @@ class Judge:
             self.trace.append(f"{self._loop.time():10.4f}  {what} {told}")
 
     def offence(self, text: str) -> None:
+        if self.over:
+            return  # what the coroutines of the dead say when they are swept up
         self.offences.append(f"at {self._loop.time():.4f} s: {text}")
         self.note("OFFENCE", text=text)
 
@@ -146,7 +150,6 @@ class Judge:
     def _check_order(self, serial: str) -> None:
         """Whatever came before it in its session has been recorded, or will never be."""
         planned = self._planned[serial]
-        _, twin = self._pending()
         for item in self._sessions[planned.session]:
             before = item.planned
             if before.place >= planned.place:
@@ -158,7 +161,7 @@ class Judge:
                 or item.redriven
             ):
                 continue
-            if _key(item.id) in twin or self._is_dying(item.id):
+            if item.id in self._buried or self._is_dying(item.id):
                 continue
             self.offence(f"order: {serial} took effect before {item} of the same session")
 
@@ -213,7 +216,10 @@ class Judge:
         old_live, old_twin = self._old
         if live != old_live:
             self._check_moves(process, name, old_live, live)
+            if name in ("read", "settle", "bury", "take_over") and self.plan.service == "session_notifier":
+                self._check_turn(process, name)
         for key in twin.keys() - old_twin.keys():
+            self._buried.add(_id(key))
             self._check_death(key, twin[key].consumer_name.decode())
         self._check_views(live, twin, name)
 
@@ -231,6 +237,11 @@ class Judge:
                 self._alone.pop(key, None)
             elif now != was:
                 self._check_change(process, name, key, was, now)
+
+    def _check_turn(self, process: Process, name: str) -> None:
+        holder = self._server.execute("GET", self._stream.turn_key)
+        if holder != process.name.encode():
+            self.offence(f"turn: {process} changes the pending list by {name}, but the turn is {holder!r}'s")
 
     def _check_change(
         self, process: Process, name: str, key: StreamEntryKey, was: PelEntry, now: PelEntry

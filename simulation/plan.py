@@ -25,6 +25,8 @@ FAULTS = (
     "kill soon",
     "kill at",
     "pause",
+    "pause",
+    "pause",
     "stop",
     "stop and kill",
     "redis down",
@@ -123,16 +125,19 @@ class Plan(msgspec.Struct, frozen=True):
     def patience(self) -> float:
         """Virtual seconds after the last fault within which everything has to be drained.
 
-        The longest park and the longest hold, one after the other, and what a poisonous entry takes to be found out.
+        The longest park and the longest hold, one after the other; how long the slots take for all entries; and what
+        a poisonous entry takes to be found out, after each of whose victims much is sent again.
         """
         deaths = 2 + MAX_DELIVERIES + MOST_KILLS
         poisonous = any(entry.flaw == "poison" for entry in self.entries)
+        sending = 3 * len(self.entries) * (2 * self.http_latency + 4 * self.redis_latency) / self.max_in_flight
         return (
             HOLD
             + 75.0
             + 3 * self.timeout
             + 4 * self.visibility_timeout
-            + poisonous * deaths * (self.visibility_timeout + self.claim_interval + self.timeout + 5.0)
+            + sending
+            + poisonous * deaths * (self.visibility_timeout + self.claim_interval + self.timeout + 5.0 + sending)
         )
 
     def __str__(self) -> str:
@@ -156,7 +161,7 @@ def draw(seed: int) -> Plan:
     entries = _entries(random, service, sessions)
     unknown = random.sample(sessions, min(len(sessions) // 2, random.choice((0, 0, 1, 3))))
     never = {entry.session for entry in entries if entry.flaw == "never known"}
-    processes = random.choice((1, 2, 2, 3))
+    processes = random.choice((1, 2, 2, 3, 3))
     return Plan(
         seed=seed,
         service=service,
@@ -184,7 +189,7 @@ FLAWS = ("garbled", "empty", "rejected", "rejected", "never known", "forbidden",
 def _entries(random: Random, service: Kind, sessions: list[str]) -> list[Planned]:
     number = random.choice((8, 25, 50))
     spread = random.choice((1.0, 10.0, 30.0))
-    flawed = random.choice((0.0, 0.05, 0.2))
+    flawed = random.choice((0.0, 0.1, 0.3))
     names_itself = random.choice((0.3, 1.0))
     twice = random.choice((0.0, 0.1)) if service != "quota_refresher" else 0.0
     hermits = iter(f"n{n}" for n in range(number))  # sessions that nobody else has a part in
@@ -209,10 +214,10 @@ def _entries(random: Random, service: Kind, sessions: list[str]) -> list[Planned
 
 
 def _faults(random: Random, service: Kind, processes: int) -> list[Fault]:
-    kinds = random.sample(FAULTS, random.randrange(1, 5))
+    kinds = random.sample(FAULTS, random.randrange(1, 6))
     faults: list[Fault] = []
     kills = 0
-    for _ in range(random.choice((0, 1, 3, 6, 10))):
+    for _ in range(random.choice((0, 2, 4, 8, 12))):
         what = random.choice(kinds)
         at = random.uniform(0.1, TROUBLE_ENDS - 12.0)
         fault: dict[str, Any] = {"slot": random.randrange(processes)}
@@ -222,7 +227,7 @@ def _faults(random: Random, service: Kind, processes: int) -> list[Fault]:
                 continue
         match what:
             case "pause":
-                fault["seconds"] = random.uniform(0.2, 12.0)
+                fault["seconds"] = random.uniform(0.5, 12.0)
             case "redis down" | "redis stalls" | "redis lossy":
                 fault["seconds"] = random.uniform(0.05, 8.0)
                 fault["share"] = random.choice((0.1, 0.4))

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import lupa.lua51 as lua_module
 import redis.exceptions as errors
 from fakeredis import _msgs as msgs
+from fakeredis._command_args_parsing import extract_args
 from fakeredis._commands import COMMANDS_WITH_SUB
-from fakeredis._core import FakeServer
+from fakeredis._core import CommandItem, FakeServer
 from fakeredis._helpers import SimpleError, SimpleString, current_time
 from fakeredis._socket._fakesocket import FakeSocket
 from fakeredis.model import XStream
@@ -196,6 +198,41 @@ class _Socket(FakeSocket):  # type: ignore[misc]
         if script is None:
             raise SimpleError(msgs.NO_MATCHING_SCRIPT_MSG)
         return self.eval(script, numkeys, *keys_and_args)
+
+    def xautoclaim(
+        self, key: CommandItem, group_name: bytes, consumer_name: bytes, min_idle_ms: int, start: bytes, *args: bytes
+    ) -> Any:
+        """What was deleted is reported however short a time it was idle, and counts as a claimed one does."""
+        stream = key.value
+        group = stream.group_get(group_name) if stream is not None else None
+        if group is None:
+            raise SimpleError(msgs.XNACK_NOGROUP_MSG.format(key.key.decode(), group_name.decode()))
+        (count, justid), _ = extract_args(args, ("+count", "justid"))
+        room, attempts = count or 100, 10 * (count or 100)
+        first, now = StreamEntryKey.parse_str(start), current_time()
+        waiting = deque(sorted(entry for entry in group.pel if entry >= first))
+        claimed: list[StreamEntryKey] = []
+        deleted: list[StreamEntryKey] = []
+        while waiting and room and attempts:
+            entry = waiting.popleft()
+            attempts -= 1
+            if entry not in stream:
+                group.ack((entry.encode(),))
+                deleted.append(entry)
+                room -= 1
+            elif now - group.pel[entry].time_read >= min_idle_ms:
+                group.claim(min_idle_ms, [entry], consumer_name, None, False, justid=bool(justid))
+                claimed.append(entry)
+                room -= 1
+        return [
+            waiting[0].encode() if waiting else b"0-0",
+            [entry.encode() if justid else stream.format_record(entry) for entry in claimed],
+            [entry.encode() for entry in deleted],
+        ]
+
+    def xread(self, *args: bytes) -> Any:
+        """Nothing to read is a nil, not an empty list."""
+        return super().xread(*args) or None
 
 
 def _add_group(self: XStream, name: bytes, last: StreamEntryKey, entries_read: int | None) -> None:

@@ -104,6 +104,7 @@ class World:
             except _Condemned:
                 pass
             finally:
+                judge.over = True
                 loop.set_exception_handler(lambda loop, context: None)
                 loop.dismiss()
         effects = [(key, effect.serial, effect.at) for key, effect in self.control_plane.effects.items()]

@@ -54,7 +54,11 @@ def free_port() -> int:
 
 
 def connect(port: int, **options: Any) -> Redis:
-    """A client that hides nothing: bytes as they are, no retries of its own."""
+    """A client that hides nothing: bytes as they are, no retries of its own.
+
+    No timeout of its own either, unless asked for: on Python 3.11 a timed send can swallow a cancellation.
+    """
+    options = {"socket_timeout": None, **options}
     return Redis(host="127.0.0.1", port=port, protocol=2, retry=Retry(NoBackoff(), 0), **options)
 
 

@@ -10,6 +10,7 @@ Where a stream promises order, only the holder of the turn reads, and each sessi
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from random import Random
@@ -108,6 +109,7 @@ class Consumer:
         self._orphans = True  # a read may have delivered entries whose reply never came
         self._era = 0  # of the turn whose pending entries have been taken over
         self._beginnings = 0
+        self._untaken: deque[Entry] = deque()  # in hand, and not yet on their way to a slot
         self._last_id = b"0-0"
         self._stopped = False
         self._task: asyncio.Task[None] | None = None
@@ -154,6 +156,7 @@ class Consumer:
             await self._make_groups()
         if self.turn is not None:
             await self._take_turn(self.turn)
+        await self._take_on()
         if self._orphans:
             await self._hand_on(await self._reclaimer.recover())
             self._orphans = False
@@ -207,13 +210,21 @@ class Consumer:
         entries = [Entry.of(row, now) for row in rows if row[0] not in self.hand]
         for entry in entries:
             self.hand.take(entry)  # all at once: their lease is kept from here on
-        for n, entry in enumerate(entries):
+        self._untaken.extend(entries)
+        await self._take_on()
+
+    async def _take_on(self) -> None:
+        """What is in hand goes on its way to a slot; after a fault the rest waits for the next time."""
+        taken = 0
+        while self._untaken:
+            entry = self._untaken.popleft()
             try:
                 await self.delivery.take(entry)
             except RedisFault:
-                self.hand.drop(entries[n:])  # found again, as delivered to nobody
+                self._untaken.appendleft(entry)
                 raise
-        self.delivery.call(len(rows))
+            taken += 1
+        self.delivery.call(taken)
 
     async def _doorbell(self) -> None:
         """Waits for something new without reading it: no side effect, so a stop may cut it short."""
@@ -249,10 +260,10 @@ class Consumer:
             beginnings = self._beginnings
             rows = await self._reclaimer.take_all()
             self._tally.claimed_entries(len(rows))
-            await self._hand_on(rows)
             if self._beginnings == beginnings:
                 self._era = era
                 self._orphans = False
+                await self._hand_on(rows)
 
     def _lose_turn(self) -> None:
         """The turn is somebody else's: what is in hand is delivered by the successor, in order."""
@@ -264,6 +275,7 @@ class Consumer:
         """Begins from the beginning: what is in hand is dropped, and taken again in order with all that is pending."""
         self._era = 0
         self._beginnings += 1
+        self._untaken.clear()
         self.delivery.forget()
         self.settlement.forget()
         self.hand.clear()

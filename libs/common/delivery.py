@@ -211,25 +211,29 @@ class Delivery:
         async with self._one_suspect:
             if self._is_poison(entry):
                 return
-            with self._counting(entry) as proven:
-                if await self.settlement.renew([entry]):
-                    self.lost([entry])
-                    return
-                if not await self._read_fields(entry):
-                    return
-                dead = self._decode(entry)
-            entry.deliveries = proven
-            await self.settlement.renew([entry])
+            proven = entry.deliveries
+            try:
+                with self._counting(entry):
+                    if await self.settlement.renew([entry]):
+                        self.lost([entry])
+                        return
+                    if not await self._read_fields(entry):
+                        return
+                    dead = self._decode(entry)
+                entry.deliveries = proven
+                await self.settlement.renew([entry])
+            except RedisFault:
+                entry.deliveries, entry.leased_at = proven, UNWRITTEN  # what was written may stand there
+                raise
         self._route(entry, dead)
 
     @contextmanager
-    def _counting(self, entry: Entry) -> Iterator[int]:
-        """Raises a suspect's count, in case we die of it, and gives what it was; a stop within takes it back."""
-        proven = entry.deliveries
+    def _counting(self, entry: Entry) -> Iterator[None]:
+        """Raises a suspect's count, in case we die of it; a stop within takes it back."""
         entry.deliveries += 1
         self._counted = entry
         try:
-            yield proven
+            yield
         finally:
             self._counted = None
 

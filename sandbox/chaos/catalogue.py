@@ -20,16 +20,17 @@ Family = Literal["service", "redis", "control plane", "traffic"]
 
 
 class Scene:
-    """One strike of one fault: the world it strikes, its own randomness, and what it has to say."""
+    """One strike of one fault: the world it strikes, alone or not, its own randomness, what it has to say."""
 
-    def __init__(self, world: World, fault: str, random: Random) -> None:
-        self.world, self.fault, self.random = world, fault, random
+    def __init__(self, world: World, fault: str, random: Random, alone: bool) -> None:
+        self.world, self.fault, self.random, self.alone = world, fault, random, alone
         self.seen: Counter[str] = Counter()
         self.broken: list[str] = []
 
     def saw(self, what: str, times: int = 1) -> None:
         """An observation for the table."""
-        self.seen[what] += times
+        if times:
+            self.seen[what] += times
 
     def expect(self, holds: bool, otherwise: str) -> None:
         """Something that this fault must not do to the agent."""

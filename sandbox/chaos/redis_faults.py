@@ -218,7 +218,8 @@ async def redis_disk_full(scene: Scene) -> None:
     """
     redis = scene.world.redis
     obstacle = redis.directory / "dump.rdb"
-    obstacle.mkdir(exist_ok=True)  # a file cannot be renamed over a directory
+    obstacle.unlink(missing_ok=True)
+    obstacle.mkdir()  # a file cannot be renamed over a directory
     try:
         await redis.command("CONFIG", "SET", "save", "3600 1")
         await redis.command("BGSAVE")
@@ -361,19 +362,21 @@ async def _stretches(scene: Scene, command: Any, died_at: float) -> list[Stretch
 
 @asynccontextmanager
 async def _standing(world: World, stream: Stream) -> AsyncIterator[None]:
-    """The stream's services stand still meanwhile, so that entries lie in every place."""
+    """The stream's services stand still, with requests out and more to read: so entries lie in every place."""
     service = next(name for name, one in STREAMS.items() if one is stream)
     replicas = [replica for replica in world.of(service) if not replica.busy]
-    for replica in replicas:
-        replica.busy = True
-        replica.pause()
-    try:
-        await asyncio.sleep(VISIBILITY / 3)
-        yield
-    finally:
+    async with world.faulty({"kind": "latency", "seconds": 2.0}):
+        await asyncio.sleep(1.0)
         for replica in replicas:
-            replica.resume()
-            replica.busy = False
+            replica.busy = True
+            replica.pause()
+        try:
+            await asyncio.sleep(VISIBILITY / 3)
+            yield
+        finally:
+            for replica in replicas:
+                replica.resume()
+                replica.busy = False
 
 
 def _took(scene: Scene, stream: Stream, taken: dict[str, views.Place]) -> None:

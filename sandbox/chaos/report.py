@@ -108,7 +108,16 @@ def _faults(reports: Sequence[Report]) -> str:
     for line in lines(step for report in reports for step in report.steps):
         fault = CATALOGUE[line.fault]
         worst = f"{_worst(line.alone)} / {_worst(line.together)}"
-        rows.append((f"`{line.fault}`", fault.does, fault.expected, str(line.times), worst, _seen(line.seen)))
+        rows.append(
+            (
+                f"`{line.fault}`",
+                fault.does,
+                _sentence(fault.expected),
+                str(line.times),
+                worst,
+                _seen(line.seen),
+            )
+        )
     return _table(rows)
 
 
@@ -125,6 +134,10 @@ def catalogue() -> str:
     return "\n".join(text)
 
 
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def _found(report: Report, name: str) -> int:
     return sum(len(check.found) for check in report.judgement.checks if check.name == name)
 
@@ -134,14 +147,17 @@ def _worst(seconds: Sequence[float]) -> str:
 
 
 def _seen(seen: Counter[str]) -> str:
-    points = sorted(
-        (name for name in seen if name.startswith("point ")), key=lambda name: int(name.split()[1][:-1])
-    )
-    others = [f"{seen[name]:,} {name}" for name in sorted(seen) if name not in points]
-    if points:
-        times = sum(seen[name] for name in points)
-        others.insert(0, f"{times} crashes at points " + ", ".join(name.split()[1][:-1] for name in points))
-    return ", ".join(others)
+    """The observations in words; those at numbered points by number."""
+    said = [f"{count:,} {name}" for name, count in sorted(seen.items()) if " point " not in name]
+    for when, words in (
+        (" at point ", "crashes at points"),
+        (" never come to point ", "did not come to points"),
+    ):
+        places = [name for name in seen if when in name]
+        numbers = sorted({int(name.partition(when)[2].partition(":")[0]) for name in places})
+        if numbers:
+            said.append(f"{sum(seen[name] for name in places)} {words} {', '.join(map(str, numbers))}")
+    return ", ".join(said)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

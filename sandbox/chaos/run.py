@@ -123,7 +123,9 @@ class _Course:
 
     async def _step(self, step: Step) -> Struck:
         world, struck_at = self._world, time.monotonic()
-        scenes = [Scene(world, name, step.random(self._seed, name)) for name in step.faults]
+        scenes = [
+            Scene(world, name, step.random(self._seed, name), len(step.faults) == 1) for name in step.faults
+        ]
         broken = [one for one in await asyncio.gather(*map(_strike, scenes)) if one]
         lifted, lifted_at = time.monotonic(), time.time()
         recovered = None

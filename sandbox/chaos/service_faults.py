@@ -6,6 +6,7 @@ import asyncio
 import resource
 import shutil
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -34,7 +35,7 @@ MOST_HITS = {
     "bury": 3,
     "renew": 3,
 }
-"""A crash point is struck at one of its first passings; without a number here at the first."""
+"""A crash point is struck at one of its first passings, where entries are many; else at the first."""
 
 FULL = Path("/dev/full")
 
@@ -135,7 +136,8 @@ async def crash_point(scene: Scene) -> None:
     world = scene.world
     service = scene.random.choice(list(REPLICAS))
     point = scene.random.choice(points_of(service))
-    hit = scene.random.randint(1, MOST_HITS.get(point.step, 1))
+    most = MOST_HITS.get(point.step, 1) // (1 if service == "usage_forwarder" else 4)
+    hit = scene.random.randint(1, max(1, most))
     replicas = world.of(service)
     subject, others = replicas[0], replicas[1:]
     async with busy(subject):
@@ -147,10 +149,10 @@ async def crash_point(scene: Scene) -> None:
                 async with busy(other):
                     other.kill()
         async with _provoked(scene, point.step):
-            if await subject.ended(VISIBILITY + 4.0) is None:
+            if await subject.ended(VISIBILITY + 6.0) is None:
                 await subject.stop()
         reached = subject.exit_code == -signal.SIGKILL
-        scene.saw(f"{service} at point {point}" if reached else f"{service} never at point {point}")
+        scene.saw(f"{service} at point {point}" if reached else f"{service} never come to point {point}")
 
 
 @asynccontextmanager
@@ -165,26 +167,29 @@ async def _provoked(scene: Scene, step: str) -> AsyncIterator[None]:
             async with world.faulty({"kind": "status", "status": 503, "share": 0.7}):
                 yield
         case "fetch" | "bury":
-            provoking = asyncio.create_task(_cut_connections(world) if step == "fetch" else _malformed(scene))
+            done = asyncio.Event()
+            provoking = asyncio.create_task(
+                _cut_connections(world, done) if step == "fetch" else _malformed(scene, done)
+            )
             try:
                 yield
             finally:
-                provoking.cancel()
-                await asyncio.gather(provoking, return_exceptions=True)
+                done.set()
+                await provoking
         case _:
             yield
 
 
-async def _cut_connections(world: World) -> None:
-    while True:
+async def _cut_connections(world: World, done: asyncio.Event) -> None:
+    while not done.is_set():
         with suppress(RedisError):
             await world.redis.command("CLIENT KILL", "TYPE", "normal")
         await asyncio.sleep(0.03)
 
 
-async def _malformed(scene: Scene) -> None:
+async def _malformed(scene: Scene, done: asyncio.Event) -> None:
     traffic = Traffic(50, 50, malformed=0.9, seed=scene.random.randrange(2**32))
-    await scene.world.traffic.add(traffic).run(VISIBILITY + 3.0)
+    await scene.world.traffic.add(traffic).run(until=done)
 
 
 @fault("service")
@@ -194,7 +199,6 @@ async def poisonous_entry(scene: Scene) -> None:
     Expected: it is buried as `poison` after two crashes and `max_deliveries` deaths alone; no other entry dies.
     """
     world, session = scene.world, f"poison-{uuid4().hex[:12]}"
-    stream = STREAMS["usage_forwarder"]
     world.poisoned.add(session)
     replicas = world.of("usage_forwarder")
     plan = Plan(poison=session)
@@ -202,40 +206,46 @@ async def poisonous_entry(scene: Scene) -> None:
         for replica in replicas:
             await replica.stop()
             replica.start(plan)
-        await _write_poison(world, session)
-        deaths, dead = 0, False
-        try:
-            async with asyncio.timeout(POISON_WITHIN):
-                while not dead:
-                    for replica in replicas:
-                        if not replica.running:
-                            deaths += 1
-                            replica.start(plan)
-                    found = await world.figures()
-                    dead = bool(
-                        found and found["usage_forwarder"].dead.get("poison", 0) >= len(world.poisoned)
-                    )
-                    await asyncio.sleep(0.1)
-        except TimeoutError:
-            pass
+        poison = await _write_poison(world, session)
+        deaths, ended = 0, False
+        until = time.monotonic() + POISON_WITHIN
+        while not ended and time.monotonic() < until:
+            for replica in replicas:
+                if not replica.running:
+                    deaths += 1
+                    replica.start(plan)
+            await asyncio.sleep(0.1)
+            ended = await _is_buried(world, poison) or bool(world.removals.of([poison]) & {_place(poison)})
         scene.saw("deaths", deaths)
-        scene.expect(
-            dead, f"{session} is not buried in {stream.name} after {POISON_WITHIN} s, {deaths} deaths"
-        )
+        scene.expect(ended, f"{session} is not buried after {POISON_WITHIN} s and {deaths} deaths")
         most = 2 + MAX_DELIVERIES
-        scene.expect(deaths <= most, f"{session} killed {deaths} times, expected {most}")
+        # A fault of Redis beside it may make it forget what the entry has been through.
+        scene.expect(deaths <= most or not scene.alone, f"{session} killed {deaths} times, expected {most}")
         for replica in replicas:
             await replica.stop()
 
 
-async def _write_poison(world: World, session: str) -> None:
+async def _write_poison(world: World, session: str) -> Row:
     moment = "2026-01-01T00:00:00Z"
     record = UsageRecord(session, "poisoner", 1.0, 1, 1.0, moment, moment, transaction_id=f"tx-{session}")
     async with world.connected() as redis:
         written = await Producer(redis, world.names, wait_seconds=30).add(record)
-    world.traffic.write(
-        Row(written.stream, "usage", written.entry_id, written.transaction_id, session, None, "ok")
-    )
+    row = Row(written.stream, "usage", written.entry_id, written.transaction_id, session, None, "ok")
+    world.traffic.write(row)
+    return row
+
+
+def _place(row: Row) -> tuple[str, str]:
+    return row.stream, row.entry_id or ""
+
+
+async def _is_buried(world: World, row: Row) -> bool:
+    stream, entry_id = STREAMS["usage_forwarder"], row.entry_id or ""
+    with suppress(RedisError):
+        async with world.connected() as redis:
+            dead = await redis.xpending_range(stream.name, stream.dead_group, entry_id, entry_id, 1)
+            return [one["consumer"] for one in dead] == [b"poison"]
+    return False
 
 
 def _no_faketime(_: World) -> str | None:

@@ -56,7 +56,12 @@ async def test_replicas_killed_at_random_under_load_lose_nothing_and_repeat_noth
     kills = 0
     async with meanwhile(audio_api_server.run(10)) as traffic:
         while not traffic.done():
-            await control_plane.until_arrived(control_plane.requests["*"] + random.randint(20, 120))
+            goal = control_plane.requests["*"] + random.randint(20, 120)
+            arrived = asyncio.create_task(control_plane.until_arrived(goal, timeout=30))
+            await asyncio.wait({arrived, traffic}, return_when=asyncio.FIRST_COMPLETED)
+            if not arrived.done():
+                arrived.cancel()  # the traffic has ended
+                break
             random.choice(replicas).restart()
             kills += 1
         await traffic

@@ -102,6 +102,22 @@ def test_an_entry_that_is_nowhere_is_lost_and_named() -> None:
     assert not verdict.ok
 
 
+def test_an_entry_that_somebody_else_removed_is_not_lost_but_counted() -> None:
+    rows = [row(1), row(2), row(3)]
+    removed = {(USAGE, "1-0"), (USAGE, "2-0"), (QUOTA, "3-0")}
+    verdict = reconcile(rows, book(transaction(1, 2)), {}, removed=removed)
+    assert wrongs(verdict) == {"lost": 1}  # the third: it was another stream's entry that was removed
+    assert (verdict.total("removed"), verdict.total("delivered")) == (1, 1)
+
+
+def test_a_request_that_somebody_else_removed_need_not_be_answered() -> None:
+    recorded = book(transaction(1, 1, "refresh"), transaction(2, 2, "refresh"))
+    rows = [row(1, "quota"), row(2, "quota")]
+    verdict = reconcile(rows, recorded, {}, Grants(), removed={(QUOTA, "1-0")})
+    assert wrongs(verdict) == {"unanswered": 1}
+    assert "t2" in verdict.wrong("unanswered")[0]
+
+
 def test_an_invalid_entry_that_vanished_is_lost_too() -> None:
     verdict = reconcile([row(1, expected="invalid")], book(), {})
     assert wrongs(verdict) == {"lost": 1}
