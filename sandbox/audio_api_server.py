@@ -223,17 +223,7 @@ class Grants:
 
     @property
     def excess(self) -> int:
-        return self.excess_but(())
-
-    def excess_but(self, forgotten: Sequence[float]) -> int:
-        """The excess, with one grant more excused for each of these times at which Redis forgot what it had."""
-        excess = 0
-        for key, most in self._most.items():
-            came = self._came.get(key, [])
-            if len(came) > most:
-                excused = sum(came[0] < at < came[-1] for at in forgotten)
-                excess += max(0, len(came) - most - excused)
-        return excess
+        return sum(max(0, len(self._came.get(key, ())) - most) for key, most in self._most.items())
 
     def seconds(self) -> list[float]:
         """From XADD to the first grant, sorted; the grants of other servers are theirs."""
@@ -305,10 +295,6 @@ class AudioAPIServer:
             grants_unreadable=self._unreadable_grants,
             grant_seconds=percentiles(seconds),
         )
-
-    def second_grants(self, forgotten: Sequence[float]) -> int:
-        """Grants in excess, but for those that follow from a Redis that lost what it knew, at these times (clock)."""
-        return self._grants.excess_but(forgotten)
 
     async def _produce(self, end: float, stop: asyncio.Event) -> None:
         """As many entries as the rate makes due; after a pause it catches up one second, not all of it."""

@@ -2,19 +2,18 @@
 
     slow start    half as many again after each round, from START up to the last good level
     rise          one more after each round in which the level was reached
-    fall          to three quarters: latency well above the past mean for two rounds, or transient answers
+    fall          to three quarters: transient answers, or two rounds with a latency well above the past mean
 
 A round is as many answers as the level, over at least a tenth of a second; in the slow start it is shorter.
-The past mean is that of the ControlPlane at its best: what an answer takes when few ask, or, where many do, what it
+The past mean is that of the ControlPlane at its best: what an answer takes when few ask or, where many do, what it
 takes in a queue that moves at its best pace.
 So a queue that only becomes longer is no harm; one that moves more slowly is.
 
-A fall that made nothing faster is taken back: the ControlPlane has become slower by itself, and from then on that is
-what we compare with.
-One transient answer in fifty is noise.
+A fall that made nothing better is taken back: something else is the cause, and what is now is the past mean from
+then on. Where more than a fifth of the answers are transient no fall is taken back.
 Verdicts on entries, sessions not found and holds do not count at all.
 
-Pure: the clock comes in, and who starts requests counts them; this says how many.
+Pure: the clock comes in, and what is said to it is all it knows.
 """
 
 from __future__ import annotations
@@ -30,78 +29,86 @@ ROUND = 0.1
 WELL_ABOVE, FLOOR = 1.25, 0.004
 """Latency is well above the past mean beyond so many times it and so many seconds more."""
 
-HELPED = 0.9
-"""A fall has helped when latency after it is below this share of what it was."""
+MORE_STRAIN, NOISE = 1.5, 0.02
+"""The same for the share of transient answers."""
+
+MUCH_STRAIN = 0.2
+"""A share of transient answers that no fall is taken back at."""
+
+CERTAIN, AMPLE = 5, 50
+"""A share is known after so many transient answers, or so many of any kind."""
+
+FASTER, LESS_STRAIN = 0.9, 0.7
+"""What a fall has made better: latency or strain is below this share of what it was."""
 
 BETTER, WORSE = 0.5, 0.02
-"""Weights of a round in the past mean, which follows what is better at once and what is worse slowly."""
-
-NOISE = 0.02
-"""The share of transient answers that changes nothing."""
+"""Weights of a round in the past means, which follow what is better at once and what is worse slowly."""
 
 IDLE = 4.0
 """Seconds without a request after which the connections are gone (the transport's idle timeout)."""
 
 
 class Level:
-    """The level of one process; `limit` is how many requests may be in flight now."""
+    """The level of one process. `limit`: how many requests may be in flight; `out`: how many are."""
 
     def __init__(self, most: int, clock: Callable[[], float], start: int = START) -> None:
         self.limit = min(start, most)
-        self.reached = False
-        """To be set when a request starts that is the last there may be: only then is there a cause to rise."""
+        self.out = 0
         self._most = most
         self._start = self.limit
         self._clock = clock
         self._good = most  # the last level that was good, where a slow start ends; at first we hope for the best
         self._starting = self.limit < most
-        self._alone = 0.0  # the past mean of an answer when few ask, seconds; 0 before the first
-        self._apart = 0.0  # the past mean between two answers when many ask
+        self._alone = 0.0  # seconds an answer takes when few ask; 0: not known yet
+        self._apart = 0.0  # seconds between two answers when many ask
+        self._strain = 0.0  # the share of transient answers that is not our doing
         self._slow_rounds = 0
-        self._fell_from: tuple[int, float] | None = None  # level and latency, until we know whether it helped
-        self._fell_at = float("-inf")
-        self._forgiven = 1.0  # transient answers that may yet come and change nothing
+        self._fell_from: tuple[int, float, float] | None = None  # level, latency, strain, until seen if it helped
         self._rested_at = float("inf")
         self._begin_round()
 
     # -- what happens ----------------------------------------------------------------------------------
 
+    def begun(self) -> None:
+        """A request goes out."""
+        if not self.out and self._clock() - self._rested_at > IDLE:
+            self.begin_again()
+        self.out += 1
+        if self.out >= self.limit:
+            self._reached = True
+
+    def ended(self) -> None:
+        """It is out no more; how it went is said beside this, if it counts."""
+        self.out -= 1
+        if not self.out:
+            self._rested_at = self._clock()
+
     def answered(self, seconds: float) -> None:
-        """A request succeeded, and took so long."""
+        """It succeeded, and took so long."""
         if self._old:
-            self._old -= 1
-            if not self._old:
-                self._began = self._clock()
+            self._pass_over()
             return
         self._seconds += seconds
         self._answers += 1
         if self._answers >= self._enough:
             self._end_round()
 
-    def strained(self, seconds: float) -> None:
-        """A request took so long and was answered that this is not the time, or not at all."""
-        if self._clock() - seconds < self._fell_at:
-            return  # it began before the last fall
-        self._forgiven -= 1.0
-        if self._forgiven < 0.0:
-            self._forgiven = 0.0
-            self._fall()
+    def strained(self) -> None:
+        """It was answered that this is not the time, or not at all."""
+        if self._old:
+            self._pass_over()
+            return
+        self._enough -= 1
+        self._refusals += 1
+        if self._answers >= self._enough:
+            self._end_round()
 
-    def rested(self) -> None:
-        """Nothing is in flight any more."""
-        self._rested_at = self._clock()
-
-    def woken(self) -> None:
-        """Something is in flight again."""
-        if self._clock() - self._rested_at > IDLE:
-            self.begin_again()
-
-    def begin_again(self, out: int = 0) -> None:
-        """Nothing may be sent for now, or the connections are gone: a slow start, beside what is `out` still."""
-        self.limit = min(self._start + out, self._most)
+    def begin_again(self) -> None:
+        """Nothing may be sent for now, or the connections are gone: a slow start, beside what is out still."""
+        self.limit = min(self._start + self.out, self._most)
         self._starting = self.limit < self._good
         self._fell_from = None
-        self._begin_round(old=out)
+        self._begin_round(old=self.out)
 
     # -- what follows ----------------------------------------------------------------------------------
 
@@ -109,38 +116,46 @@ class Level:
         """`old`: answers that come first and say nothing, since their requests began at another level."""
         self._old = old
         self._enough = max(2, self.limit // 2) if self._starting else self.limit
-        self._answers = 0
+        self._answers = self._refusals = 0
         self._seconds = 0.0
         self._began = self._clock()
-        self.reached = False
+        self._reached = False
+
+    def _pass_over(self) -> None:
+        self._old -= 1
+        if not self._old:
+            self._began = self._clock()
 
     def _end_round(self) -> None:
-        if not self._starting and self._clock() - self._began < ROUND:
+        heard = self._answers + self._refusals
+        too_short = not self._starting and self._clock() - self._began < ROUND
+        if too_short or (0 < self._refusals < CERTAIN and heard < AMPLE):
             self._enough += self.limit
-            return
-        self._forgiven = min(1.0, self._forgiven + NOISE * self._answers)
-        if self.reached:
-            self._judge(self._seconds / self._answers)
+        elif self._reached:
+            self._judge(self._seconds / max(1, self._answers), self._refusals / heard)
         else:
             self._fell_from = None
             self._begin_round()
 
-    def _judge(self, latency: float) -> None:
+    def _judge(self, latency: float, strain: float) -> None:
         fell_from, self._fell_from = self._fell_from, None
-        if fell_from is not None and latency > HELPED * fell_from[1]:
+        if fell_from is not None and strain <= MUCH_STRAIN and not _better(fell_from, latency, strain):
             self.limit = fell_from[0]
-            self._alone, self._apart = latency, latency / self.limit
+            self._alone, self._apart, self._strain = latency, latency / self.limit, strain
             self._begin_round()
+        elif strain > MORE_STRAIN * self._strain + NOISE:
+            self._fall(latency, strain)
         elif self._alone and latency > WELL_ABOVE * self._past_mean() + FLOOR:
             self._slow_rounds += 1
             if self._slow_rounds < 2:
                 self._begin_round()
             else:
-                self._fall(latency)
+                self._fall(latency, strain)
         else:
             self._slow_rounds = 0
             self._alone = _followed(self._alone, latency)
             self._apart = _followed(self._apart, latency / self.limit)
+            self._strain += WORSE * (min(strain, self._strain) - self._strain)
             self._rise()
 
     def _past_mean(self) -> float:
@@ -157,16 +172,18 @@ class Level:
             self.limit = min(self.limit + 1, self._most)
             self._begin_round()
 
-    def _fall(self, latency: float | None = None) -> None:
-        """Without `latency` it was transient answers: this is not taken back."""
+    def _fall(self, latency: float, strain: float) -> None:
         before = self.limit
         self.limit = max(1, before * 3 // 4)
         if self._starting:
             self._starting, self._good = False, self.limit
         self._slow_rounds = 0
-        self._fell_from = None if latency is None else (before, latency)
-        self._fell_at = self._clock()
+        self._fell_from = (before, latency, strain)
         self._begin_round(old=before)
+
+
+def _better(before: tuple[int, float, float], latency: float, strain: float) -> bool:
+    return latency < FASTER * before[1] or strain < LESS_STRAIN * before[2]
 
 
 def _followed(past: float, now: float) -> float:

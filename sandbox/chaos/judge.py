@@ -7,16 +7,19 @@ what faults took away; beside them the agent's own ledger, its views, its logs a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import msgspec
 
 from common.figures import StreamFigures
+from sandbox.book import Row
 from sandbox.chaos import views
 from sandbox.chaos.world import NAMES, PRODUCED, STREAMS, World
 from sandbox.ledger import Ledger, Verdict
 from sandbox.reconciler import Reconciliation, reconcile
-from sandbox.redis_book import read_grants, read_redis
+from sandbox.redis_book import Holding, position, read_redis
 
 DRAIN_WITHIN = 60.0
 """Seconds after the last entry was written in which everything must have ended."""
@@ -24,7 +27,8 @@ DRAIN_WITHIN = 60.0
 SWEEP_WITHIN = 75.0
 """Seconds in which ghosts in the dead-letter view are cleared: the janitor comes every minute."""
 
-NAMED = 5
+UNREAD = 10.0
+"""A grant of a request this much older than a flush may have been written and flushed before it was read."""
 
 
 class Check(msgspec.Struct):
@@ -55,7 +59,7 @@ async def along(world: World) -> list[str]:
     """What is wrong right now, between two faults; empty when all is well."""
     wrong: list[str] = []
     for _ in range(5):  # the two looks are not one instant: what does not last is no finding
-        wrong = [*_grants_in_excess(world)]
+        wrong = []
         async with world.connected() as redis:
             for service in PRODUCED:
                 stream = STREAMS[service]
@@ -81,9 +85,35 @@ def _imbalance(world: World, service: str, figures: StreamFigures, ghosts: int) 
     return [f"{name}: the ledger's imbalance is {figures.imbalance}, expected {expected}: {figures.ledger}"]
 
 
-def _grants_in_excess(world: World) -> list[str]:
-    excess = world.traffic.second_grants(world.removals.memory_gone)
-    return [f"AudioAPIServers received {excess} grants too many"] if excess else []
+def _granted_twice(world: World, rows: Iterable[Row]) -> list[str]:
+    """Grants that AudioAPIServers received more often than there were or may have been requests."""
+    asked = Counter(row.transaction_id for row in rows if row.kind == "quota" and row.transaction_id)
+    found = world.grants.too_often(asked, world.removals.memory_gone)
+    return [
+        f"{NAMES.quota_response}: transaction {id}, received {times} times" for id, times in found.items()
+    ]
+
+
+def _ungranted(
+    world: World,
+    rows: Iterable[Row],
+    holding: Holding,
+    recorded: set[str],
+    removed: Collection[tuple[str, str]],
+) -> list[str]:
+    """Requests that are settled and recorded, and whose grant AudioAPIServers never received."""
+    there = holding.pending | holding.dead.keys() | holding.backlog
+    return [
+        f"{row.stream}: entry {row.entry_id}, transaction {row.transaction_id}"
+        for row in rows
+        if row.kind == "quota"
+        and row.entry_id is not None
+        and row.entry_id not in there
+        and row.transaction_id in recorded
+        and row.transaction_id not in world.grants.came
+        and (row.stream, row.entry_id) not in removed
+        and not any(0 < at - position(row.entry_id)[0] / 1000 < UNREAD for at in world.removals.memory_gone)
+    ]
 
 
 async def drained(world: World) -> str:
@@ -110,8 +140,6 @@ async def judge(world: World, drained_seconds: float, undrained: str, broken: It
     imbalances: list[str] = []
     async with world.connected() as redis:
         holdings = await read_redis(redis, names)
-        grants = await read_grants(redis, NAMES.quota_response)
-        grants.complete_from_ms = max(grants.complete_from_ms, world.removals.answers_gone_ms)
         found = await world.figures()
         for service, stream in STREAMS.items():
             oddities = await views.examine(redis, stream)
@@ -126,7 +154,9 @@ async def judge(world: World, drained_seconds: float, undrained: str, broken: It
         commands = ledger.commands()
     finally:
         ledger.close()
-    books = reconcile(rows, book, holdings, grants, removed)
+    books = reconcile(rows, book, holdings, removed=removed)
+    recorded = {one.transaction_id for one in book.transactions}
+    ungranted = _ungranted(world, rows, holdings[NAMES.quota_refresh], recorded, removed)
     wrong = books.wrong
     conflicts = [
         f"{one.endpoint}: transaction {one.transaction_id} with other content"
@@ -136,7 +166,7 @@ async def judge(world: World, drained_seconds: float, undrained: str, broken: It
     twice = [
         f"command {one['command_id']} has {len(one['results'])} results"
         for one in commands
-        if len(one["results"]) > 1 and not world.removals.memory_gone
+        if len(one["results"]) > 1 and not _forgot_between(world, one["results"])
     ]
     obeyed = [
         f"command {one['command_id']}, forged ({one['forge']}), was carried out"
@@ -150,8 +180,8 @@ async def judge(world: World, drained_seconds: float, undrained: str, broken: It
         Check("repetitions with another key", wrong("key_changes")),
         Check("repetitions with other content", [*wrong("content_changes"), *conflicts]),
         Check("order violations", _but_of(wrong("out_of_order"), world.redriven)),
-        Check("second grants", [*wrong("second_grants"), *_grants_in_excess(world)]),
-        Check("quota requests settled without a grant", wrong("unanswered")),
+        Check("second grants", [*wrong("second_grants"), *_granted_twice(world, rows)]),
+        Check("quota requests settled without a grant", ungranted),
         Check("commands with two results", twice),
         Check("forged commands carried out", obeyed),
         Check("ledger imbalance beyond what others deleted", imbalances),
@@ -175,6 +205,11 @@ async def judge(world: World, drained_seconds: float, undrained: str, broken: It
         "requests that arrived": book.arrivals[-1].request if book.arrivals else 0,
     }
     return Judgement(checks, books, figures, drained_seconds)
+
+
+def _forgot_between(world: World, results: list[dict[str, Any]]) -> bool:
+    first, last = results[0]["received_at"], results[-1]["received_at"]
+    return any(first < at < last for at in world.removals.memory_gone)
 
 
 def _but_of(found: list[str], sessions: set[str]) -> list[str]:

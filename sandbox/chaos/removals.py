@@ -41,10 +41,8 @@ class Removals:
         self.stretches: list[Stretch] = []
         self.imbalance: Counter[str] = Counter()
         """By stream: deleted before the agent had read it, since its books began."""
-        self.answers_gone_ms = 0
-        """Grants older than this may be gone."""
         self.memory_gone: list[float] = []
-        """When Redis forgot what it knew (monotonic clock): commands and grants may come again."""
+        """When Redis forgot what it knew (Unix): commands and grants from before may come again, or never be read."""
 
     def took(self, stream: str, fault: str, ids: Iterable[str], *, unread: int = 0) -> None:
         """Entries of one stream were deleted; so many of them had not been read by the group."""
@@ -58,8 +56,7 @@ class Removals:
 
     def all_gone(self) -> None:
         """Everything is gone, with the grants and the memory of commands."""
-        self.answers_gone_ms = max(self.answers_gone_ms, int(time.time() * 1000))
-        self.memory_gone.append(time.monotonic())
+        self.memory_gone.append(time.time())
 
     def redis_lost(self, stretches: Sequence[Stretch]) -> None:
         """Redis came back with less than it had confirmed."""

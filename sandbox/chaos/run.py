@@ -86,6 +86,7 @@ async def run(
         possible = [fault for fault in faults if fault.name not in cannot]
         course = _Course(world, seed, say)
         world.traffic.start()
+        world.grants.start()
         world.operator.start()
         if possible:
             await course.go(possible, 60 * minutes)
@@ -194,6 +195,7 @@ async def _end(world: World, broken: Iterable[str]) -> Judgement:
     drained_seconds = time.monotonic() - begun
     while await _ghosts(world) and time.monotonic() - begun < SWEEP_WITHIN:
         await asyncio.sleep(0.5)
+    await world.grants.finish()
     return await judge.judge(world, round(drained_seconds, 3), undrained, broken)
 
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import aiohttp
+import msgspec
+from redis.exceptions import RedisError
 
+from common.schemas import QuotaResponse
+from common.streams import FIELD_DATA
 from sandbox.audio_api_server import AudioAPIServer, Traffic
 from sandbox.book import Book, Row, read
 from sandbox.chaos.redis_server import connect
@@ -71,9 +78,46 @@ class AudioAPIServers:
     def produced(self) -> int:
         return sum(sum(server.stats().produced.values()) for server in self.servers)
 
-    def second_grants(self, forgotten: Sequence[float]) -> int:
-        """Grants that came more often than they were asked for, but for what Redis forgot at these times."""
-        return sum(server.second_grants(forgotten) for server in self.servers)
+
+class GrantBook:
+    """Every grant that came, over the whole run, with the times (Unix) at which it did."""
+
+    def __init__(self, port: int, stream: str) -> None:
+        self.came: dict[str, list[float]] = {}
+        self._port, self._stream = port, stream
+        self._last = b"0-0"
+        self._stop = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        async with connect(self._port) as redis:
+            while not self._stop.is_set():
+                try:
+                    reply: Any = await redis.xread({self._stream: self._last}, count=1000, block=200)
+                except (RedisError, OSError):
+                    await asyncio.sleep(0.1)
+                    continue
+                for _, entries in reply:
+                    for self._last, fields in entries:
+                        answer = msgspec.json.decode(fields[FIELD_DATA], type=QuotaResponse)
+                        self.came.setdefault(answer.transaction_id, []).append(time.time())
+
+    async def finish(self) -> None:
+        self._stop.set()
+        if self._task is not None:
+            await self._task
+
+    def too_often(self, asked: Counter[str], forgotten: Sequence[float]) -> dict[str, int]:
+        """Ids that were granted more often than asked, but for what Redis forgot in between."""
+        found = {}
+        for id, times in self.came.items():
+            excused = sum(times[0] < at < times[-1] for at in forgotten)
+            if id in asked and len(times) > asked[id] + excused:
+                found[id] = len(times)
+        return found
 
 
 class Operator:

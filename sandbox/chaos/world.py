@@ -31,7 +31,7 @@ from common.streams import Stream
 from sandbox.chaos.redis_server import HOST, Kind, RedisServer, build_witness, connect, free_port
 from sandbox.chaos.removals import Removals
 from sandbox.chaos.replica import Replica
-from sandbox.chaos.traffic import AudioAPIServers, Operator
+from sandbox.chaos.traffic import AudioAPIServers, GrantBook, Operator
 from sandbox.process import ControlPlaneProcess
 
 VISIBILITY = 2.0
@@ -74,6 +74,7 @@ class World:
     redis: RedisServer
     control_plane: ControlPlaneProcess
     traffic: AudioAPIServers
+    grants: GrantBook
     operator: Operator
 
     def __init__(self, directory: Path, kind: Kind, rate: float, seed: int) -> None:
@@ -120,6 +121,7 @@ class World:
             self.traffic = AudioAPIServers(
                 self.redis.port, self.directory / "produced.jsonl", self.rate, self._seed
             )
+            self.grants = GrantBook(self.redis.port, NAMES.quota_response)
             self.operator = Operator(self.control_plane, SERVER_ID, self._seed)
             await self.until(self.all_ready, 30)
             self._stack = stack.pop_all()
