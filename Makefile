@@ -43,6 +43,14 @@ check: $(VENV)/dev.stamp ## Run the quick gate: lint, format, types, import rule
 bench: $(VENV)/bench.stamp ## Measure it beside a bare loop and its peers (ARGS="--quick", "--publish", benchmarks/README.md)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+.PHONY: simulate
+simulate: $(VENV)/dev.stamp ## Play lives of the core under a virtual clock, each seed another (ARGS="--seeds 2000", "--seed 7 --verbose")
+	@$(BIN)/python -m simulation --seeds 150 $(ARGS)
+
+.PHONY: mutations
+mutations: $(VENV)/dev.stamp ## Take one safety rule after the other out of a copy, and see which seed notices (docs/mutations.md)
+	@$(BIN)/python -m simulation.mutations $(ARGS)
+
 .PHONY: image
 image: ## Build the container image dataplane-agent (PYTHON_IMAGE names its base)
 	docker build --network host --build-arg PYTHON_IMAGE=$(PYTHON_IMAGE) --tag dataplane-agent .

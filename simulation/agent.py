@@ -58,7 +58,7 @@ class Agent(Process):
     ) -> None:
         super().__init__(name)
         self.slot = slot
-        self.stopped = self.stopped_well = False
+        self.stopped = False
         self.paused_at = float("-inf")  # until when it was paused last
         self.stopping = asyncio.Event()
         self.opened_at: float | None = None  # the breaker's last opening
@@ -136,7 +136,7 @@ class Agent(Process):
             )
         except Exception:
             self._failed(f"{self.name} did not stop: {traceback.format_exc()}")
-        self.stopped, self.stopped_well = True, not consumer.hand
+        self.stopped = True
         for task in (loop, *tasks):
             task.cancel()
         self._ended(self)

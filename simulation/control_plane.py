@@ -214,7 +214,7 @@ class ControlPlane:
         self._sessions.recorded(key, effect)
 
     def _grant(self, request: _Request, repeated: bool) -> Answer:
-        amount = self.effects[request.records[0][1]].grant
+        amount = self.effects[request.records[0][1]].grant or 0
         body = b'{"new_quota_amount": %d, "final_quota": false}' % amount
         if self._random.random() < 0.5:
             body = b'{"success": true, "data": ' + body + b"}"

@@ -283,7 +283,7 @@ class Judge:
         for agent in self.agents:
             if agent.name.encode() == owner:
                 if not agent.alive:
-                    return "its owner stopped in good order" if agent.stopped_well else ""
+                    return ""
                 ill = max(self._unrenewed.get(agent, -1e9), agent.paused_at, self.turn_disturbed_at)
                 lapsed = self._loop.time() - ill < self.plan.visibility_timeout + 6.0
                 return "" if lapsed else f"{agent} is alive and well"
@@ -342,6 +342,13 @@ class Judge:
             return
         if (others := self.control_plane.out[agent]) > (1 if self.plan.poison == "answer" else 0):
             self.offence(f"poison: {item} takes {others} requests of its neighbours with it")
+        if self._loop.time() - self._unrenewed.get(agent, -1e9) > 10.0:
+            for entry in agent.consumer.hand:
+                held = live.get(_key(entry.id.decode()))
+                if held is not None and held.times_delivered > max(SUSPECT, entry.deliveries):
+                    self.offence(
+                        f"poison: the death by {item} counts against {entry}, which is proven harmless"
+                    )
         if row.times_delivered > SUSPECT + MAX_DELIVERIES:
             self.offence(f"poison: {item} is delivered again after {MAX_DELIVERIES} deaths")
 

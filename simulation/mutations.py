@@ -1,4 +1,4 @@
-"""`python -m simulation.mutations`: takes one safety rule after the other out of a copy, and sees whether a seed notices.
+"""`python -m simulation.mutations`: takes one safety rule at a time out of a copy; does a seed notice?
 
 A mutation is a few textual patches of the core. A patch that does not apply is an error: the rule has moved.
 """
@@ -165,7 +165,9 @@ MUTATIONS = (
     Mutation(
         "A parked head blocks its lane",
         (
-            Patch("delivery.py", "        self._lanes.block(entry)\n", "        self._lanes.finish([entry])\n"),
+            Patch(
+                "delivery.py", "        self._lanes.block(entry)\n", "        self._lanes.finish([entry])\n"
+            ),
             Patch("delivery.py", "self._lanes.unblock(entry)", "self._lanes.push(entry)"),
         ),
     ),
@@ -227,7 +229,9 @@ def check(mutation: Mutation, seeds: int = SEEDS, timeout: float = 1800) -> Caug
         copy(root)
         for patch in mutation.patches:
             patch.apply(root)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(root / tree) for tree in ("libs", "services"))}
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(str(root / tree) for tree in ("libs", "services"))
+        }
         environment["PYTHONDONTWRITEBYTECODE"] = "1"
         command = [sys.executable, "-m", "simulation", "--seeds", str(seeds), "--first", "--brief"]
         played = subprocess.run(
@@ -245,7 +249,7 @@ def table(caught: dict[str, Caught | None]) -> str:
     lines = [
         "# Which rule is missed when it is taken out",
         "",
-        "`python -m simulation.mutations` takes one rule at a time out of a copy of the core and plays seeds against it.",
+        "`python -m simulation.mutations` takes one rule at a time out of a copy of the core, and plays seeds.",
         f"Every rule has to be missed within {SEEDS} seeds; this page is what the last run wrote.",
         "",
         "| rule | first seed that misses it | what the judge says |",
@@ -261,7 +265,9 @@ def table(caught: dict[str, Caught | None]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m simulation.mutations", description=__doc__)
-    parser.add_argument("--only", default="", help="rules whose name contains this; the page is not written then")
+    parser.add_argument(
+        "--only", default="", help="rules whose name contains this; the page is not written then"
+    )
     parser.add_argument("--seeds", type=int, default=SEEDS)
     options = parser.parse_args()
     caught: dict[str, Caught | None] = {}

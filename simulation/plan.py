@@ -130,14 +130,18 @@ class Plan(msgspec.Struct, frozen=True):
         """
         deaths = 2 + MAX_DELIVERIES + MOST_KILLS
         poisonous = any(entry.flaw == "poison" for entry in self.entries)
-        sending = 3 * len(self.entries) * (2 * self.http_latency + 4 * self.redis_latency) / self.max_in_flight
+        sending = (
+            3 * len(self.entries) * (2 * self.http_latency + 4 * self.redis_latency) / self.max_in_flight
+        )
         return (
             HOLD
             + 75.0
             + 3 * self.timeout
             + 4 * self.visibility_timeout
             + sending
-            + poisonous * deaths * (self.visibility_timeout + self.claim_interval + self.timeout + 5.0 + sending)
+            + poisonous
+            * deaths
+            * (self.visibility_timeout + self.claim_interval + self.timeout + 5.0 + sending)
         )
 
     def __str__(self) -> str:
@@ -195,7 +199,7 @@ def _entries(random: Random, service: Kind, sessions: list[str]) -> list[Planned
     hermits = iter(f"n{n}" for n in range(number))  # sessions that nobody else has a part in
     places: dict[str, int] = {}
     poisonous = False
-    entries = []
+    entries: list[Planned] = []
     for n, at in enumerate(sorted(random.uniform(0.2, spread) for _ in range(number))):
         session = random.choice(sessions)
         flaw = random.choice(FLAWS) if random.random() < flawed else ""

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import lupa.lua51 as lua_module
+import lupa.lua51 as lua_module  # type: ignore[import-untyped]
 import redis.exceptions as errors
 from fakeredis import _msgs as msgs
 from fakeredis._command_args_parsing import extract_args
@@ -27,7 +27,6 @@ from redis.client import Redis as _ParsesErrors
 from redis.connection import DefaultParser
 
 Reply = Any
-Command = Sequence[bytes | str | int | float]
 
 VERSION = (7, 0, 15)
 
@@ -86,7 +85,7 @@ _parser = DefaultParser(socket_read_size=65536)
 
 def _decoded(reply: Any) -> Reply:
     if isinstance(reply, SimpleError):
-        error = _parser.parse_error(reply.value)
+        error = _parser.parse_error(reply.value)  # type: ignore[no-untyped-call]
         assert isinstance(error, errors.RedisError)
         raise error
     if isinstance(reply, SimpleString):
@@ -177,7 +176,7 @@ def _lua_argument(word: Any) -> bytes:
 _lua = _Interpreter()
 
 
-class _Socket(FakeSocket):  # type: ignore[misc]
+class _Socket(FakeSocket):
     """The commands, with what fakeredis does otherwise than the real servers put right."""
 
     def eval(self, script: bytes, numkeys: int, *keys_and_args: bytes) -> Any:
@@ -200,7 +199,13 @@ class _Socket(FakeSocket):  # type: ignore[misc]
         return self.eval(script, numkeys, *keys_and_args)
 
     def xautoclaim(
-        self, key: CommandItem, group_name: bytes, consumer_name: bytes, min_idle_ms: int, start: bytes, *args: bytes
+        self,
+        key: CommandItem,
+        group_name: bytes,
+        consumer_name: bytes,
+        min_idle_ms: int,
+        start: bytes,
+        *args: bytes,
     ) -> Any:
         """What was deleted is reported however short a time it was idle, and counts as a claimed one does."""
         stream = key.value
@@ -235,10 +240,10 @@ class _Socket(FakeSocket):  # type: ignore[misc]
         return super().xread(*args) or None
 
 
-def _add_group(self: XStream, name: bytes, last: StreamEntryKey, entries_read: int | None) -> None:
-    self._groups[name] = Group(self, name, last, entries_read)
+def _add_group(
+    self: XStream, name: bytes, last_delivered_key: StreamEntryKey, entries_read: int | None
+) -> None:
+    self._groups[name] = Group(self, name, last_delivered_key, entries_read)
 
 
 XStream.group_add = _add_group  # type: ignore[method-assign]
-
-__all__ = ["Command", "Reply", "Server", "current_time"]

@@ -2,7 +2,7 @@
 
     slow start    half as many again after each round, from START up to the last good level
     rise          one more after each round in which the level was reached
-    fall          to three quarters: transient answers, or two rounds with a latency well above the past mean
+    fall          to two thirds: transient answers, or a latency that stays well above the past mean
 
 A round is as many answers as the level, over at least a tenth of a second; in the slow start it is shorter.
 The past mean is that of the ControlPlane at its best: what an answer takes when few ask or, where many do, what it
@@ -24,9 +24,14 @@ START = 4
 """Few enough to open connections for at once, enough that one silent request does not stop the others."""
 
 ROUND = 0.1
-"""Seconds; a shorter one would measure the hiccups of the machine."""
+SUSTAINED = 0.2
+"""Seconds, of a round and of slow rounds before a fall; anything shorter may be a hiccup of the machine."""
 
-WELL_ABOVE, FLOOR = 1.25, 0.004
+STRAINED_FALL, SLOW_FALL = 0.75, 0.6
+"""What a fall leaves of the level. The second undoes more than a rise until it is noticed: so that each time it is
+seen again what the ControlPlane is at its best."""
+
+WELL_ABOVE, FLOOR = 1.2, 0.003
 """Latency is well above the past mean beyond so many times it and so many seconds more."""
 
 MORE_STRAIN, NOISE = 1.5, 0.02
@@ -41,7 +46,7 @@ CERTAIN, AMPLE = 5, 50
 FASTER, LESS_STRAIN = 0.9, 0.7
 """What a fall has made better: latency or strain is below this share of what it was."""
 
-BETTER, WORSE = 0.5, 0.02
+BETTER, WORSE = 0.5, 0.002
 """Weights of a round in the past means, which follow what is better at once and what is worse slowly."""
 
 IDLE = 4.0
@@ -57,13 +62,17 @@ class Level:
         self._most = most
         self._start = self.limit
         self._clock = clock
-        self._good = most  # the last level that was good, where a slow start ends; at first we hope for the best
+        self._good = (
+            most  # the last level that was good, where a slow start ends; at first we hope for the best
+        )
         self._starting = self.limit < most
         self._alone = 0.0  # seconds an answer takes when few ask; 0: not known yet
         self._apart = 0.0  # seconds between two answers when many ask
         self._strain = 0.0  # the share of transient answers that is not our doing
-        self._slow_rounds = 0
-        self._fell_from: tuple[int, float, float] | None = None  # level, latency, strain, until seen if it helped
+        self._slow_since: float | None = None
+        self._fell_from: tuple[int, float, float] | None = (
+            None  # level, latency, strain, until seen if it helped
+        )
         self._rested_at = float("inf")
         self._begin_round()
 
@@ -100,7 +109,7 @@ class Level:
             return
         self._enough -= 1
         self._refusals += 1
-        if self._answers >= self._enough:
+        if self._answers >= self._enough or self._is_much():
             self._end_round()
 
     def begin_again(self) -> None:
@@ -129,13 +138,18 @@ class Level:
     def _end_round(self) -> None:
         heard = self._answers + self._refusals
         too_short = not self._starting and self._clock() - self._began < ROUND
-        if too_short or (0 < self._refusals < CERTAIN and heard < AMPLE):
+        unclear = 0 < self._refusals < CERTAIN and heard < AMPLE
+        if (too_short or unclear) and not self._is_much():
             self._enough += self.limit
         elif self._reached:
             self._judge(self._seconds / max(1, self._answers), self._refusals / heard)
         else:
             self._fell_from = None
             self._begin_round()
+
+    def _is_much(self) -> bool:
+        heard = self._answers + self._refusals
+        return self._refusals >= CERTAIN and self._refusals > MUCH_STRAIN * heard
 
     def _judge(self, latency: float, strain: float) -> None:
         fell_from, self._fell_from = self._fell_from, None
@@ -144,15 +158,16 @@ class Level:
             self._alone, self._apart, self._strain = latency, latency / self.limit, strain
             self._begin_round()
         elif strain > MORE_STRAIN * self._strain + NOISE:
-            self._fall(latency, strain)
+            self._fall(STRAINED_FALL, latency, strain)
         elif self._alone and latency > WELL_ABOVE * self._past_mean() + FLOOR:
-            self._slow_rounds += 1
-            if self._slow_rounds < 2:
+            if self._slow_since is None:
+                self._slow_since = self._began
+            if self._clock() - self._slow_since < SUSTAINED:
                 self._begin_round()
             else:
-                self._fall(latency, strain)
+                self._fall(SLOW_FALL, latency, strain)
         else:
-            self._slow_rounds = 0
+            self._slow_since = None
             self._alone = _followed(self._alone, latency)
             self._apart = _followed(self._apart, latency / self.limit)
             self._strain += WORSE * (min(strain, self._strain) - self._strain)
@@ -169,15 +184,15 @@ class Level:
             self._begin_round(old=before)
         else:
             self._good = self.limit
-            self.limit = min(self.limit + 1, self._most)
+            self.limit = min(self.limit + max(1, self.limit // 16), self._most)
             self._begin_round()
 
-    def _fall(self, latency: float, strain: float) -> None:
+    def _fall(self, share: float, latency: float, strain: float) -> None:
         before = self.limit
-        self.limit = max(1, before * 3 // 4)
+        self.limit = max(1, round(before * share))
         if self._starting:
             self._starting, self._good = False, self.limit
-        self._slow_rounds = 0
+        self._slow_since = None
         self._fell_from = (before, latency, strain)
         self._begin_round(old=before)
 

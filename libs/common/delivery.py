@@ -18,6 +18,7 @@ from typing import Protocol
 import msgspec
 
 from common import schemas
+from common.concurrency import Level
 from common.control_plane.gate import Gate
 from common.entries import FIRST_READ, Entry, Hand
 from common.lanes import Batches, Lanes, Queue
@@ -98,7 +99,9 @@ class Delivery:
         on_fault: Callable[[RedisFault], float],
         clock: Callable[[], float],
         random: Random,
+        level: Level | None = None,
     ) -> None:
+        """`level`: how many requests may be in flight; without it, as many as there are slots."""
         self.in_flight = 0
         self.hand = hand
         self.settlement = settlement
@@ -106,6 +109,7 @@ class Delivery:
         self._limits = limits
         self._turn = turn
         self._gate = gate
+        self._level = level or Level(limits.max_in_flight, clock, start=limits.max_in_flight)
         self._tally = tally
         self._fetch = fetch
         self._let_go = let_go
@@ -121,6 +125,7 @@ class Delivery:
         self._alone = False  # a suspect is being delivered, and nothing else
         self._quieting = False  # a suspect waits for the requests in flight to end
         self._stopped = False
+        self._short = False  # of level: more may be ready than may start
         self._idle: deque[asyncio.Future[None]] = deque()
         self._reopening: asyncio.Task[None] | None = None
         self._quiet = asyncio.Event()
@@ -291,6 +296,9 @@ class Delivery:
         if not self._gate.open and self._gate.permits() <= 0:
             self._reopen_later()
             return None
+        if self._level.out >= self._level.limit:
+            self._short = True
+            return None
         if self._turn is not None and not self._turn.fresh:
             self._reopen_later()
             return None
@@ -304,6 +312,8 @@ class Delivery:
             self._lanes.push_back(entries)
             self._quieting = True
             return None
+        if entries is None:
+            self._short = False
         return entries
 
     async def _deliver(self, entries: list[Entry]) -> None:
@@ -320,6 +330,8 @@ class Delivery:
             self.in_flight -= 1
             if not self.in_flight:
                 self._quiet.set()
+            if self._short:
+                self.call(self._level.limit - self._level.out - 1)  # one is for this slot itself
         for entry, outcome in zip(entries, outcomes, strict=True):
             entry.in_flight = False
             self._end(entry, outcome)

@@ -7,6 +7,7 @@ from common.control_plane.client import EntryCall
 from common.control_plane.verdicts import Split
 from common.entries import Entry
 from common.figures import StreamFigures
+from common.handler import EntryHandler
 from common.outcomes import Outcome
 from common.service import Running
 
@@ -20,53 +21,41 @@ CREDIT_SECONDS = 360
 """One credit a started 360 s of audio or connection, whichever is longer; the ControlPlane computes the real ones."""
 
 
-class UsageForwarder:
+class UsageForwarder(EntryHandler):
     """Delivers usage records; keeps no order, since each is complete in itself."""
 
-    ordered = False
-
     def __init__(self, running: Running) -> None:
+        super().__init__(running, running.config.streams.usage_records, schemas.usage_record)
         self.batch = running.config.control_plane.usage_batch_size
-        self._stream = running.config.streams.usage_records
-        self._client = running.client
         self._metrics = running.metrics
-        self._sender = running.sender
-        self._timestamp = running.timestamp
         self._mean_audio = 0.0
         self._mean_credits = 0.0
 
     def decode(self, entry: Entry) -> str:
-        data = entry.data
-        assert not isinstance(data, int)
-        record = schemas.usage_record(data)
-        assert data is not None
-        entry.message = record
-        entry.transaction_id = record.transaction_id or schemas.transaction_id(self._stream, entry.id, data)
+        lane = super().decode(entry)
+        record: schemas.UsageRecord = entry.message
         entry.figures = record.figures()
         audio, connection = record.audio_duration_seconds, record.connection_duration_seconds
         self._mean_audio += RECENT * (audio - self._mean_audio)
         self._mean_credits += RECENT * (-(-max(audio, connection) // CREDIT_SECONDS) - self._mean_credits)
-        return record.api_session_id
+        return lane
 
     async def deliver(self, entries: list[Entry]) -> list[Outcome]:
         if len(entries) == 1:
-            return [await self._deliver_one(entries[0])]
+            return [await self.deliver_one(entries[0])]
         return await self._deliver_batch(entries)
 
-    async def _deliver_one(self, entry: Entry) -> Outcome:
-        call = EntryCall(
-            entry.transaction_id, entry.correlation_id, entry.traceparent, refused_before=entry.refused_before
-        )
-        return await self._client.usage_record(entry.lane, self._body(entry), call)
+    async def deliver_one(self, entry: Entry) -> Outcome:
+        return await self._client.usage_record(entry.lane, self._body(entry), self.call(entry))
 
     async def _deliver_batch(self, entries: list[Entry]) -> list[Outcome]:
         """One request for all; in halves when it is refused or too long, one by one when it repeats something."""
         if len(entries) == 1:
-            return [await self._deliver_one(entries[0])]
+            return [await self.deliver_one(entries[0])]
         if any(
             entry.refused_before for entry in entries
         ):  # one of them is not wanted: not on account of the others
-            return [await self._deliver_one(entry) for entry in entries]
+            return [await self.deliver_one(entry) for entry in entries]
         body = schemas.usage_batch_body([self._body(entry) for entry in entries])
         answer: Outcome | Split = Split(one_by_one=False)
         if len(body) <= MAX_BATCH_BYTES:
@@ -75,7 +64,7 @@ class UsageForwarder:
             answer = await self._client.usage_batch(entries[0].lane, body, call)
         match answer:
             case Split(one_by_one=True):
-                return [await self._deliver_one(entry) for entry in entries]
+                return [await self.deliver_one(entry) for entry in entries]
             case Split():
                 middle = len(entries) // 2
                 return [

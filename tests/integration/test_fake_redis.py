@@ -155,7 +155,15 @@ class Walk:
         return ("XGROUP", "DESTROY", S, self._random.choice((G, D)))
 
     def pending(self) -> Step:
-        return ("XPENDING", S, G, self._random.choice(("-", f"({self._id()}", self._id())), "+", 2, self._me())
+        return (
+            "XPENDING",
+            S,
+            G,
+            self._random.choice(("-", f"({self._id()}", self._id())),
+            "+",
+            2,
+            self._me(),
+        )
 
     def doorbell(self) -> Step:
         return ("XREAD", "COUNT", 1, "STREAMS", S, self._id())

@@ -20,6 +20,7 @@ from uuid import UUID
 
 import msgspec
 
+from common.concurrency import Level
 from common.config import ControlPlane
 from common.control_plane import errors
 from common.control_plane.backoff import quick_delay
@@ -123,8 +124,9 @@ def build(
         longest_pause=min(LONGEST_PAUSE, config.max_backoff),
     )
     transport = Transport(config, f"dataplane-agent/{version}")
+    level = Level(config.max_in_flight, clock)
     return ControlPlaneClient(
-        config, server_id, transport=transport, gate=gate, random=random, observer=observer
+        config, server_id, transport=transport, gate=gate, random=random, observer=observer, level=level
     )
 
 
@@ -141,10 +143,13 @@ class ControlPlaneClient:
         random: Random,
         observer: Observer | None = None,
         wall: Callable[[], float] = time.time,
+        level: Level | None = None,
     ) -> None:
         if not _is_id(server_id):
             raise ValueError(f"server id {server_id!r} cannot stand in a path")
         self.gate = gate
+        self.level = level or Level(config.max_in_flight, time.monotonic)
+        """How many requests for entries may be in flight, from what became of those before."""
         self.transport = transport
         self.requests_total = 0
         self.last_success: float | None = None
@@ -228,6 +233,7 @@ class ControlPlaneClient:
     async def _try(self, ticket: Ticket, request: _Request) -> Outcome | Split:
         """One request; the gate learns what became of it."""
         self.requests_total += 1
+        self.level.begun()
         try:
             answer = await self.transport.send("POST", request.path, request.headers, request.body)
         except errors.TransportError as error:
@@ -238,10 +244,13 @@ class ControlPlaneClient:
         except BaseException:
             self.gate.abandoned(ticket)
             raise
+        finally:
+            self.level.ended()
         self._observer.request(request.endpoint, _label(answer.status), answer.seconds)
         outcome = request.judge(self._judge, answer)
         if isinstance(outcome, Delivered):
             self.gate.delivered(ticket)
+            self.level.answered(answer.seconds)
             self.last_success = self._wall()
             return outcome
         if isinstance(outcome, Retry | Dead):
@@ -262,6 +271,7 @@ class ControlPlaneClient:
                 return self._not_found(ticket, request, outcome)
             case Retry(cause=Cause.HELD):
                 self.gate.refused(ticket, hold_kind(outcome), outcome.error)
+                self.level.begin_again()
             case _:
                 self.gate.decided(ticket)
         return outcome
@@ -285,6 +295,10 @@ class ControlPlaneClient:
     def _fail(self, ticket: Ticket, request: _Request, failure: FailureCause, error: str) -> None:
         request.failure = failure
         self.gate.failed(ticket, failure, error)
+        if self.gate.open:
+            self.level.strained()
+        else:
+            self.level.begin_again()
 
     def _not_found(self, ticket: Ticket, request: _Request, outcome: Retry) -> Retry:
         status = outcome.http_status or 404

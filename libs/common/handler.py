@@ -1,0 +1,58 @@
+"""What the handlers of the three streams share: an entry is read by its schema, and sent under its own key."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Protocol
+
+from common import schemas
+from common.control_plane.client import EntryCall
+from common.entries import Entry
+from common.outcomes import Outcome
+from common.service import Running
+
+
+class Message(Protocol):
+    """What every entry says, whatever else it says."""
+
+    @property
+    def api_session_id(self) -> str: ...
+    @property
+    def transaction_id(self) -> str | None: ...
+
+
+class EntryHandler(ABC):
+    """Delivers entries of one stream, one request each; `deliver_one` is what a service adds."""
+
+    ordered = False
+    batch = 1
+
+    def __init__(self, running: Running, stream: str, read: Callable[[bytes | None], Message]) -> None:
+        self._stream = stream
+        self._read = read
+        self._client = running.client
+        self._sender = running.sender
+        self._timestamp = running.timestamp
+
+    def decode(self, entry: Entry) -> str:
+        """Reads the message; its session is the lane. Raises schemas.Invalid."""
+        data = entry.data
+        assert not isinstance(data, int)
+        message = entry.message = self._read(data)
+        assert data is not None  # or it would have been invalid
+        entry.transaction_id = message.transaction_id or schemas.transaction_id(self._stream, entry.id, data)
+        return message.api_session_id
+
+    async def deliver(self, entries: list[Entry]) -> list[Outcome]:
+        return [await self.deliver_one(entry) for entry in entries]
+
+    @abstractmethod
+    async def deliver_one(self, entry: Entry) -> Outcome:
+        """One request, and what became of it; never raises for the network."""
+
+    def call(self, entry: Entry) -> EntryCall:
+        """What goes beside the body: the same key at every repetition."""
+        return EntryCall(
+            entry.transaction_id, entry.correlation_id, entry.traceparent, refused_before=entry.refused_before
+        )
