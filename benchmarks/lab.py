@@ -78,9 +78,11 @@ class Lab:
         self.sink.receiver.read()
         self.sink.receiver.forget()
 
-    def slow_sink(self, delay: float) -> SlowSink:
-        """A ControlPlane that answers after so many seconds."""
-        return SlowSink(self.directory / "slow", self.ca_file, self._certificate, self._body_length, delay)
+    def slow_sink(self, delay: float, **manner: int) -> SlowSink:
+        """A ControlPlane that answers after so many seconds; `manner`: see slow_sink."""
+        return SlowSink(
+            self.directory / "slow", self.ca_file, self._certificate, self._body_length, delay, **manner
+        )
 
     def start(self, argv: list[str], environment: Mapping[str, str]) -> Process:
         """A contestant."""

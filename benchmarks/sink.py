@@ -73,6 +73,7 @@ class Receiver:
         self.arrivals: list[tuple[float, int]] = []
         self.requests = 0
         self.repeated = 0
+        self.refused = 0
         self.protocols: set[str] = set()
         self.keys: set[bytes] = set()
         self.records = 0
@@ -89,6 +90,9 @@ class Receiver:
         for line in lines:
             moment, length, protocol, key = line.split(b" ", 3)
             if key == b"-":
+                continue
+            if protocol == b"REFUSED":
+                self.refused += 1
                 continue
             self.requests += 1
             if key in self.keys:
@@ -186,12 +190,18 @@ class SlowSink:
     """A ControlPlane that takes its time."""
 
     def __init__(
-        self, directory: Path, ca_file: Path, certificate: Path, body_length: int, delay: float
+        self,
+        directory: Path,
+        ca_file: Path,
+        certificate: Path,
+        body_length: int,
+        delay: float,
+        **manner: int,
     ) -> None:
         directory.mkdir(exist_ok=True)
         log = directory / f"access-{time.time_ns()}.log"
         self.ca_file = ca_file
-        self.process, port = start_slow(directory, certificate, log, delay)
+        self.process, port = start_slow(directory, certificate, log, delay, **manner)
         self.url = f"https://localhost:{port}"
         self.receiver = Receiver(log, body_length)
 
@@ -202,9 +212,14 @@ class SlowSink:
         self.process.stop(2.0)
 
 
-def start_slow(directory: Path, certificate: Path, log: Path, delay: float) -> tuple[Process, int]:
+def start_slow(
+    directory: Path, certificate: Path, log: Path, delay: float, **manner: int
+) -> tuple[Process, int]:
+    """`manner`: the further options of slow_sink."""
     argv = [sys.executable, "-m", "benchmarks.slow_sink"]
     argv += ["--certificate", str(certificate), "--log", str(log), "--delay", str(delay)]
+    for option, value in manner.items():
+        argv += [f"--{option.replace('_', '-')}", str(value)]
     process = Process(argv, directory / f"slow-{time.time_ns()}.log")
     return process, int(process.await_events("listening")[0]["port"])
 

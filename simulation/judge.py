@@ -247,10 +247,11 @@ class Judge:
         self, process: Process, name: str, key: StreamEntryKey, was: PelEntry, now: PelEntry
     ) -> None:
         me = process.name.encode()
-        risen = now.times_delivered - max(
-            was.times_delivered, self._known.get(key, 1) if name == "renew" else 0
-        )
-        self._known[key] = max(self._known.get(key, 1), now.times_delivered)
+        known = self._known.get(key, 1)
+        # A re-made group begins to count anew; who holds the entry knows better.
+        before = max(was.times_delivered, known) if name == "renew" else was.times_delivered
+        risen = now.times_delivered - before
+        self._known[key] = max(known, now.times_delivered)
         match name:
             case "take_over":
                 self._alone.pop(key, None)
@@ -259,11 +260,8 @@ class Judge:
             case "renew" | "fetch" | "hand_over" if was.consumer_name != me:
                 self.offence(f"owner: {process} moves {_id(key)} by {name}, which is {was.consumer_name!r}'s")
             case "renew" if risen > 0:
-                self._alone[key] = was.times_delivered
-                if (
-                    was.times_delivered < SUSPECT
-                    and self._loop.time() - self._unrenewed.get(process, -1e9) > 10.0
-                ):
+                self._alone[key] = before
+                if before < SUSPECT and self._loop.time() - self._unrenewed.get(process, -1e9) > 10.0:
                     self.offence(f"count: {_id(key)} rises to {now.times_delivered} without a crash")
             case "renew":
                 self._alone.pop(key, None)
@@ -345,7 +343,9 @@ class Judge:
         if self._loop.time() - self._unrenewed.get(agent, -1e9) > 10.0:
             for entry in agent.consumer.hand:
                 held = live.get(_key(entry.id.decode()))
-                if held is not None and held.times_delivered > max(SUSPECT, entry.deliveries):
+                if held is None or held.consumer_name != agent.name.encode() or entry.id == item.id.encode():
+                    continue
+                if held.times_delivered > max(SUSPECT, entry.deliveries):
                     self.offence(
                         f"poison: the death by {item} counts against {entry}, which is proven harmless"
                     )

@@ -8,8 +8,9 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from random import Random
+from types import CoroutineType
 from typing import Any
 from unittest import mock
 
@@ -23,7 +24,7 @@ from common.streams import Stream
 from simulation.agent import Agent
 from simulation.control_plane import ControlPlane
 from simulation.judge import Item, Judge, _audio
-from simulation.loop import EPOCH, Loop, Process, Spinning, Stuck
+from simulation.loop import Loop, Process, Spinning, Stuck
 from simulation.network import Line, Network, Trap
 from simulation.plan import TROUBLE_ENDS, Fault, Plan, Planned, draw
 from simulation.redis_server import Server
@@ -396,7 +397,7 @@ LOGGERS = (
 @contextmanager
 def _quiet(world: World) -> Iterator[None]:
     """The process' own clock, log and garbage are put aside while a seed is played."""
-    kept, hook = dict(logs._loggers), sys.unraisablehook
+    kept = dict(logs._loggers)
     logs._loggers.update({name: _Told(world, name) for name in LOGGERS})  # type: ignore[misc]
     world.loop.set_exception_handler(
         lambda loop, context: world.judge.offence(
@@ -408,15 +409,21 @@ def _quiet(world: World) -> Iterator[None]:
         with mock.patch.object(time, "time", world.loop.wall):
             yield
     finally:
+        for process in (*world.judge.agents, world.operator):
+            _sweep_up(process.tasks)
+        _sweep_up(world.loop.world_tasks)
         logs._loggers.clear()
         logs._loggers.update(kept)
-        sys.unraisablehook = lambda unraisable: None  # coroutines of the dead are closed now; nobody cares
-        for process in (*world.judge.agents, world.operator):
-            process.tasks.clear()
-        world.loop.world_tasks.clear()
         gc.enable()
-        gc.collect()
-        sys.unraisablehook = hook
 
 
-__all__ = ["EPOCH", "Verdict", "World", "play"]
+def _sweep_up(tasks: list[asyncio.Task[Any]]) -> None:
+    """Closes what the dead have left hanging, here and now, where what it says is heard by nobody."""
+    for task in tasks:
+        coroutine = task.get_coro()
+        for _ in range(10):  # a clean-up that awaits does not end at the first close
+            if not isinstance(coroutine, CoroutineType) or coroutine.cr_frame is None:
+                break
+            with suppress(Exception):
+                coroutine.close()
+    tasks.clear()

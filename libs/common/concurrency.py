@@ -50,7 +50,7 @@ BETTER, WORSE = 0.5, 0.002
 """Weights of a round in the past means, which follow what is better at once and what is worse slowly."""
 
 IDLE = 4.0
-"""Seconds without a request after which the connections are gone (the transport's idle timeout)."""
+"""Seconds without need after which connections are gone (the transport's idle timeout): not all anew at once."""
 
 
 class Level:
@@ -69,11 +69,12 @@ class Level:
         self._alone = 0.0  # seconds an answer takes when few ask; 0: not known yet
         self._apart = 0.0  # seconds between two answers when many ask
         self._strain = 0.0  # the share of transient answers that is not our doing
+        self._beside = 0  # part of the limit: requests from before a slow start, which go out as they end
         self._slow_since: float | None = None
         self._fell_from: tuple[int, float, float] | None = (
             None  # level, latency, strain, until seen if it helped
         )
-        self._rested_at = float("inf")
+        self._rested_at = self._needed_at = clock()
         self._begin_round()
 
     # -- what happens ----------------------------------------------------------------------------------
@@ -94,64 +95,72 @@ class Level:
 
     def answered(self, seconds: float) -> None:
         """It succeeded, and took so long."""
-        if self._old:
-            self._pass_over()
+        if self._old and self._is_old(seconds):
             return
         self._seconds += seconds
         self._answers += 1
         if self._answers >= self._enough:
             self._end_round()
 
-    def strained(self) -> None:
-        """It was answered that this is not the time, or not at all."""
-        if self._old:
-            self._pass_over()
+    def strained(self, seconds: float) -> None:
+        """It was answered that this is not the time, or not at all; and took so long."""
+        if self._old and self._is_old(seconds):
             return
         self._enough -= 1
         self._refusals += 1
-        if self._answers >= self._enough or self._is_much():
+        if self._answers >= self._enough or self._is_plain():
             self._end_round()
 
     def begin_again(self) -> None:
         """Nothing may be sent for now, or the connections are gone: a slow start, beside what is out still."""
-        self.limit = min(self._start + self.out, self._most)
+        self._beside = min(self.out, self._most - self._start)
+        self.limit = self._start + self._beside
         self._starting = self.limit < self._good
         self._fell_from = None
-        self._begin_round(old=self.out)
+        self._begin_round(anew=True)
 
     # -- what follows ----------------------------------------------------------------------------------
 
-    def _begin_round(self, old: int = 0) -> None:
-        """`old`: answers that come first and say nothing, since their requests began at another level."""
-        self._old = old
+    def _begin_round(self, anew: bool = False) -> None:
+        """`anew`: answers to what is out say nothing, since it began at another level."""
+        self._old = self.out if anew else 0
         self._enough = max(2, self.limit // 2) if self._starting else self.limit
         self._answers = self._refusals = 0
         self._seconds = 0.0
         self._began = self._clock()
         self._reached = False
 
-    def _pass_over(self) -> None:
+    def _is_old(self, seconds: float) -> bool:
+        """Whether it began before the round; it may come long after answers to requests that began later."""
+        if self._clock() - seconds >= self._began:
+            return False
         self._old -= 1
-        if not self._old:
-            self._began = self._clock()
+        if self._beside:
+            self._beside -= 1
+            self.limit -= 1
+        return True
 
     def _end_round(self) -> None:
         heard = self._answers + self._refusals
         too_short = not self._starting and self._clock() - self._began < ROUND
         unclear = 0 < self._refusals < CERTAIN and heard < AMPLE
-        if (too_short or unclear) and not self._is_much():
+        if (too_short or unclear) and not self._is_plain():
             self._enough += self.limit
         elif self._reached:
+            self._needed_at = self._clock()
             self._judge(self._seconds / max(1, self._answers), self._refusals / heard)
+        elif self._clock() - self._needed_at > IDLE:
+            self.begin_again()
         else:
             self._fell_from = None
             self._begin_round()
 
-    def _is_much(self) -> bool:
-        heard = self._answers + self._refusals
-        return self._refusals >= CERTAIN and self._refusals > MUCH_STRAIN * heard
+    def _is_plain(self) -> bool:
+        """So much strain that nothing more need be heard."""
+        return self._refusals >= CERTAIN and self._refusals > self._answers
 
     def _judge(self, latency: float, strain: float) -> None:
+        self._beside = 0
         fell_from, self._fell_from = self._fell_from, None
         if fell_from is not None and strain <= MUCH_STRAIN and not _better(fell_from, latency, strain):
             self.limit = fell_from[0]
@@ -168,20 +177,24 @@ class Level:
                 self._fall(SLOW_FALL, latency, strain)
         else:
             self._slow_since = None
-            self._alone = _followed(self._alone, latency)
-            self._apart = _followed(self._apart, latency / self.limit)
+            self._alone = self._followed(self._alone, latency)
+            self._apart = self._followed(self._apart, latency / self.limit)
             self._strain += WORSE * (min(strain, self._strain) - self._strain)
             self._rise()
+
+    def _followed(self, past: float, now: float) -> float:
+        if not past or (self._starting and now < past):
+            return now  # the first answers waited for their connections
+        return past + (BETTER if now < past else WORSE) * (now - past)
 
     def _past_mean(self) -> float:
         return max(self._alone, self._apart * self.limit)
 
     def _rise(self) -> None:
         if self._starting:
-            before = self.limit
-            self.limit = min(max(before + 1, before * 3 // 2), self._good)
+            self.limit = min(max(self.limit + 1, self.limit * 3 // 2), self._good)
             self._starting = self.limit < self._good
-            self._begin_round(old=before)
+            self._begin_round(anew=True)
         else:
             self._good = self.limit
             self.limit = min(self.limit + max(1, self.limit // 16), self._most)
@@ -194,13 +207,10 @@ class Level:
             self._starting, self._good = False, self.limit
         self._slow_since = None
         self._fell_from = (before, latency, strain)
-        self._begin_round(old=before)
+        self._begin_round(anew=True)
 
 
 def _better(before: tuple[int, float, float], latency: float, strain: float) -> bool:
     return latency < FASTER * before[1] or strain < LESS_STRAIN * before[2]
 
 
-def _followed(past: float, now: float) -> float:
-    weight = BETTER if now < past else WORSE
-    return past + weight * (now - past) if past else now

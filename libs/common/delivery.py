@@ -293,10 +293,12 @@ class Delivery:
         """The entries of the next request, or None when nothing may start now."""
         if self._stopped or self._alone:
             return None
-        if not self._gate.open and self._gate.permits() <= 0:
-            self._reopen_later()
-            return None
-        if self._level.out >= self._level.limit:
+        if not self._gate.open:
+            self._level.begin_again()
+            if self._gate.permits() <= 0:
+                self._reopen_later()
+                return None
+        if self.in_flight >= self._level.limit:
             self._short = True
             return None
         if self._turn is not None and not self._turn.fresh:
@@ -318,6 +320,7 @@ class Delivery:
 
     async def _deliver(self, entries: list[Entry]) -> None:
         self.in_flight += 1
+        self._level.begun()
         for entry in entries:
             entry.in_flight = True
         try:
@@ -328,10 +331,11 @@ class Delivery:
             outcomes = [failed] * len(entries)
         finally:
             self.in_flight -= 1
+            self._level.ended()
             if not self.in_flight:
                 self._quiet.set()
             if self._short:
-                self.call(self._level.limit - self._level.out - 1)  # one is for this slot itself
+                self.call(self._level.limit - self.in_flight - 1)  # one is for this slot itself
         for entry, outcome in zip(entries, outcomes, strict=True):
             entry.in_flight = False
             self._end(entry, outcome)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +19,6 @@ from sandbox.chaos import (  # noqa: F401  each registers its faults
     report,
     service_faults,
     traffic_faults,
-    world,
 )
 from sandbox.chaos.catalogue import Fault, named
 from sandbox.chaos.redis_server import Kind, program
@@ -60,32 +61,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("redis-server is not installed; --redis valkey brings its own")
     if options.reports:
         reports = [msgspec.json.decode(path.read_bytes(), type=Report) for path in options.reports]
+        complete = True
     else:
-        reports = [_run(seed, options, faults, kind) for seed in options.seed]
-    if options.publish is not None:
+        runs = [_run(seed, options, faults, kind) for seed in options.seed]
+        reports = [one for one in runs if one is not None]
+        complete = len(reports) == len(runs)
+    if options.publish is not None and reports:
         report.publish(reports, options.publish)
-    return 0 if all(one.ok for one in reports) else 1
+    return 0 if complete and all(one.ok for one in reports) else 1
 
 
-def _run(seed: int, options: argparse.Namespace, faults: Sequence[Fault], kind: Kind) -> Report:
-    """One seed; what it made is kept where it failed."""
+def _run(seed: int, options: argparse.Namespace, faults: Sequence[Fault], kind: Kind) -> Report | None:
+    """One seed; what it made is kept where it failed. None when the run itself could not be carried through."""
     directory = _directory(options.keep, seed)
-    found = asyncio.run(
-        run(
-            directory,
-            seed=seed,
-            minutes=options.minutes,
-            faults=faults,
-            kind=kind,
-            rate=options.rate,
-            say=lambda line: print(line, flush=True),
+    found = None
+    try:
+        found = asyncio.run(
+            run(
+                directory,
+                seed=seed,
+                minutes=options.minutes,
+                faults=faults,
+                kind=kind,
+                rate=options.rate,
+                say=lambda line: print(line, flush=True),
+            )
         )
-    )
-    print(f"\n{report.render(found)}\n", flush=True)
-    if not found.ok or options.keep:
+        print(f"\n{report.render(found)}\n", flush=True)
+    except Exception:
+        traceback.print_exc()
+    if found is None or not found.ok or options.keep:
         print(f"logs, books, schedule: {directory}", flush=True)
     else:
-        world.discard(directory)
+        shutil.rmtree(directory, ignore_errors=True)
     return found
 
 

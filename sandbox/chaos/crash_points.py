@@ -67,21 +67,11 @@ def _points() -> list[Point]:
 
 
 POINTS: Sequence[Point] = _points()
-OF_ALL = (
-    "make_groups",
-    "read",
-    "take_over",
-    "fetch",
-    REQUEST,
-    "bury",
-    "renew",
-    "hand_over",
-    "forget_consumer",
-)
+OF_ALL = ("make_groups", "read", "take_over", REQUEST, "bury", "renew", "hand_over", "forget_consumer")
 OWN = {
-    "usage_forwarder": ("settle",),
-    "session_notifier": ("settle", "turn_take", "turn_give_up"),
-    "quota_refresher": ("answer",),
+    "usage_forwarder": ("fetch", "settle"),
+    "session_notifier": ("fetch", "settle", "turn_take", "turn_give_up"),
+    "quota_refresher": ("fetch", "answer"),
     "registrar": ("settle", "turn_take", "turn_give_up", "remember"),
 }
 

@@ -7,8 +7,8 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -52,15 +52,27 @@ async def busy(replica: Replica) -> AsyncIterator[Replica]:
         replica.busy = False
 
 
+@asynccontextmanager
+async def _requests_out(world: World) -> AsyncIterator[None]:
+    """Answers take long enough that within the block every service has requests out."""
+    async with world.faulty({"kind": "latency", "seconds": 0.6}):
+        await asyncio.sleep(0.4)
+        yield
+
+
 @fault("service", weight=4)
 async def service_killed(scene: Scene) -> None:
-    """SIGKILL of one process of a service; a new one a second later.
+    """SIGKILL of one process of a service, with requests out or in the midst of quick ones; a new one soon after.
 
     Expected: another takes over what it had in hand within visibility timeout and claim interval; what was under
     way may be sent again, under the same key.
     """
     async with busy(scene.world.choose(scene.random)) as replica:
-        replica.kill()
+        if scene.random.random() < 0.5:
+            async with _requests_out(scene.world):
+                replica.kill()
+        else:
+            replica.kill()
         scene.saw(f"{replica.service} killed")
         await asyncio.sleep(scene.random.uniform(0.0, 2.0))
 
@@ -81,13 +93,14 @@ async def all_replicas_killed(scene: Scene) -> None:
 
 @fault("service", weight=2)
 async def service_paused(scene: Scene) -> None:
-    """SIGSTOP of one process for longer than the lease, the turn and the visibility timeout; then SIGCONT.
+    """SIGSTOP of one process with requests out, for longer than lease, turn and visibility timeout; then SIGCONT.
 
     Expected: another takes over meanwhile; when it wakes up it notices, and neither settles nor reads nor buries
     what is no longer its own.
     """
     async with busy(scene.world.choose(scene.random)) as replica:
-        replica.pause()
+        async with _requests_out(scene.world):
+            replica.pause()
         scene.saw(f"{replica.service} paused")
         try:
             await asyncio.sleep(VISIBILITY + CLAIM_EVERY + scene.random.uniform(0.5, 2.0))
@@ -140,10 +153,15 @@ async def crash_point(scene: Scene) -> None:
     hit = scene.random.randint(1, max(1, most))
     replicas = world.of(service)
     subject, others = replicas[0], replicas[1:]
-    async with busy(subject):
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(busy(subject))
         await subject.stop()
+        if point.step == "fetch":
+            for other in others:
+                await stack.enter_async_context(busy(other))
+            await _leave_suspects(world, replicas)
         subject.start(Plan(point=point.number, hit=hit))
-        if service == "session_notifier":
+        if service == "session_notifier" and point.step != "fetch":
             await world.until(lambda: subject.ready or not subject.running, 10)
             for other in others:
                 async with busy(other):
@@ -166,25 +184,28 @@ async def _provoked(scene: Scene, step: str) -> AsyncIterator[None]:
         case "hand_over":
             async with world.faulty({"kind": "status", "status": 503, "share": 0.7}):
                 yield
-        case "fetch" | "bury":
+        case "bury":
             done = asyncio.Event()
-            provoking = asyncio.create_task(
-                _cut_connections(world, done) if step == "fetch" else _malformed(scene, done)
-            )
+            writing = asyncio.create_task(_malformed(scene, done))
             try:
                 yield
             finally:
                 done.set()
-                await provoking
+                await writing
         case _:
             yield
 
 
-async def _cut_connections(world: World, done: asyncio.Event) -> None:
-    while not done.is_set():
-        with suppress(RedisError):
-            await world.redis.command("CLIENT KILL", "TYPE", "normal")
-        await asyncio.sleep(0.03)
+async def _leave_suspects(world: World, replicas: Sequence[Replica]) -> None:
+    """Two crashes of all with requests out: what they had in hand is fetched and delivered alone from now on."""
+    async with world.faulty({"kind": "latency", "seconds": 2.5}):
+        for _ in range(2):
+            for replica in replicas:
+                if not replica.running:
+                    replica.start()
+            await asyncio.sleep(VISIBILITY + CLAIM_EVERY + 1.5)
+            for replica in replicas:
+                replica.kill()
 
 
 async def _malformed(scene: Scene, done: asyncio.Event) -> None:

@@ -24,6 +24,10 @@ from sandbox.process import ControlPlaneProcess
 
 SERVERS = 3
 MALFORMED = 0.01
+SESSIONS = 4
+USES = (0, 8)
+"""Few and short sessions, so that a session's start and its end lie close together: order shows."""
+
 COMMANDS = ("refresh_public_keys", "health_check", "get_metrics")
 COMMAND_EVERY = 2.0
 FORGED = 0.2
@@ -46,7 +50,7 @@ class AudioAPIServers:
 
     def start(self) -> None:
         for number in range(SERVERS):
-            traffic = Traffic(self._rate / SERVERS, malformed=MALFORMED, seed=self._seed + number)
+            traffic = Traffic(self._rate / SERVERS, SESSIONS, MALFORMED, self._seed + number, USES)
             self._running.append(asyncio.create_task(self._run(self.add(traffic))))
 
     def add(self, traffic: Traffic) -> AudioAPIServer:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -285,7 +284,3 @@ class World:
     def keep(self, name: str, content: Any) -> None:
         """A file in the run's directory."""
         (self.directory / name).write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=2))
-
-
-def discard(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)

@@ -79,7 +79,7 @@ _Judgement = Callable[[Judge, Answer], Outcome | Split]
 
 
 class _Request(msgspec.Struct):
-    """An entry's request, the same at every try. `failure`: what went wrong at the last one."""
+    """An entry's request, the same at every try. `failure`, `seconds`: what went wrong at the last, after how long."""
 
     endpoint: str
     path: str
@@ -89,6 +89,7 @@ class _Request(msgspec.Struct):
     refused_before: bool
     judge: _Judgement
     failure: FailureCause = "connection"
+    seconds: float = 0.0
 
 
 def _request(
@@ -233,19 +234,17 @@ class ControlPlaneClient:
     async def _try(self, ticket: Ticket, request: _Request) -> Outcome | Split:
         """One request; the gate learns what became of it."""
         self.requests_total += 1
-        self.level.begun()
         try:
             answer = await self.transport.send("POST", request.path, request.headers, request.body)
         except errors.TransportError as error:
             self._observer.request(request.endpoint, "error", error.seconds)
             self.last_error = str(error)
+            request.seconds = error.seconds
             self._learn_silence(ticket, request, error)
             return self._judge.no_answer(error)
         except BaseException:
             self.gate.abandoned(ticket)
             raise
-        finally:
-            self.level.ended()
         self._observer.request(request.endpoint, _label(answer.status), answer.seconds)
         outcome = request.judge(self._judge, answer)
         if isinstance(outcome, Delivered):
@@ -255,6 +254,7 @@ class ControlPlaneClient:
             return outcome
         if isinstance(outcome, Retry | Dead):
             self.last_error = outcome.error
+        request.seconds = answer.seconds
         return self._learn(ticket, request, outcome)
 
     def _learn(self, ticket: Ticket, request: _Request, outcome: Outcome | Split) -> Outcome | Split:
@@ -271,7 +271,6 @@ class ControlPlaneClient:
                 return self._not_found(ticket, request, outcome)
             case Retry(cause=Cause.HELD):
                 self.gate.refused(ticket, hold_kind(outcome), outcome.error)
-                self.level.begin_again()
             case _:
                 self.gate.decided(ticket)
         return outcome
@@ -295,10 +294,7 @@ class ControlPlaneClient:
     def _fail(self, ticket: Ticket, request: _Request, failure: FailureCause, error: str) -> None:
         request.failure = failure
         self.gate.failed(ticket, failure, error)
-        if self.gate.open:
-            self.level.strained()
-        else:
-            self.level.begin_again()
+        self.level.strained(request.seconds)
 
     def _not_found(self, ticket: Ticket, request: _Request, outcome: Retry) -> Retry:
         status = outcome.http_status or 404
