@@ -59,7 +59,7 @@ image: ## Build the container image dataplane-agent (PYTHON_IMAGE names its base
 lock: $(VENV)/lock.stamp ## Pin the dependencies: requirements/*.lock from pyproject.toml (ARGS=--upgrade: anew)
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])' \
 	  | $(COMPILE) --output-file requirements/build.lock -
-	$(COMPILE) --output-file requirements/dev.lock --extra sandbox --extra test --extra check pyproject.toml
+	$(COMPILE) --output-file requirements/dev.lock --extra sandbox --extra test --extra check --extra simulate pyproject.toml
 	$(COMPILE) --output-file requirements/bench.lock --constraint requirements/dev.lock --extra sandbox --extra bench pyproject.toml
 	$(COMPILE) --output-file requirements/demo.lock --constraint requirements/dev.lock --extra sandbox pyproject.toml
 	$(COMPILE) --output-file requirements/runtime.lock --constraint requirements/dev.lock pyproject.toml

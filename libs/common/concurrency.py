@@ -149,11 +149,17 @@ class Level:
         elif self._reached:
             self._needed_at = self._clock()
             self._judge(self._seconds / max(1, self._answers), self._refusals / heard)
-        elif self._clock() - self._needed_at > IDLE:
-            self.begin_again()
         else:
             self._fell_from = None
+            if self._clock() - self._needed_at > IDLE:
+                self._shrink()
             self._begin_round()
+
+    def _shrink(self) -> None:
+        """To twice what is in flight on average; there is no harm in it, since a slow start leads back."""
+        in_flight = self._seconds / max(self._clock() - self._began, self._seconds / self.limit)
+        self.limit = min(self.limit, max(self._start, round(2 * in_flight)))
+        self._starting = self.limit < self._good
 
     def _is_plain(self) -> bool:
         """So much strain that nothing more need be heard."""

@@ -176,6 +176,26 @@ def test_it_does_not_rise_while_fewer_are_needed(level: Level, clock: Clock) -> 
     assert level.limit == START
 
 
+def test_it_shrinks_to_twice_what_is_needed_and_no_further(level: Level, clock: Clock) -> None:
+    answer(level, clock, times=2000)
+    while level.out > 40:
+        level.ended()
+    for _ in range(5000):
+        clock.now += 0.01 / 40
+        level.ended()
+        level.answered(0.01)
+        level.begun()
+    assert level.limit == MOST
+    while level.out > 8:
+        level.ended()
+    for _ in range(10_000):
+        clock.now += 0.01 / 8
+        level.ended()
+        level.answered(0.01)
+        level.begun()
+    assert level.limit == 16
+
+
 def test_verdicts_on_entries_do_not_count(level: Level, clock: Clock) -> None:
     for _ in range(1000):
         level.begun()
