@@ -192,8 +192,8 @@ MUTATIONS = (
     _one(
         "What is known of others is written before a suspect is delivered",
         "delivery.py",
-        "if not await self._write_findings() or self._is_poison(entry):",
-        "if self._is_poison(entry):",
+        "        if not await self.settlement.flushed():\n            return False\n        unwritten",
+        "        return True\n        unwritten",
     ),
     _one(
         "Poison is buried after so many deaths",

@@ -131,7 +131,10 @@ class Plan(msgspec.Struct, frozen=True):
         deaths = 2 + MAX_DELIVERIES + MOST_KILLS
         poisonous = any(entry.flaw == "poison" for entry in self.entries)
         sending = (
-            3 * len(self.entries) * (2 * self.http_latency + 4 * self.redis_latency) / self.max_in_flight
+            3
+            * len(self.entries)
+            * (2 * self.http_latency + 4 * self.redis_latency)
+            / min(4, self.max_in_flight)
         )
         return (
             HOLD

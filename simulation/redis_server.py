@@ -11,16 +11,18 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import lupa.lua51 as lua_module  # type: ignore[import-untyped]
 import redis.exceptions as errors
 from fakeredis import _msgs as msgs
 from fakeredis._command_args_parsing import extract_args
-from fakeredis._commands import COMMANDS_WITH_SUB
+from fakeredis._commands import COMMANDS_WITH_SUB, Signature
 from fakeredis._core import CommandItem, FakeServer
 from fakeredis._helpers import SimpleError, SimpleString, current_time
 from fakeredis._socket._fakesocket import FakeSocket
+from fakeredis._socket._resp import convert_to_resp2
 from fakeredis.model import XStream
 from fakeredis.model._stream import StreamEntryKey, StreamGroup
 from redis.client import Redis as _ParsesErrors
@@ -70,10 +72,14 @@ class Server:
 
 
 def _split(words: list[bytes]) -> tuple[str, list[bytes]]:
-    name = words[0].decode().lower()
-    if name in COMMANDS_WITH_SUB:
-        return f"{name} {words[1].decode().lower()}", words[2:]
-    return name, words[1:]
+    """The name of a command, its subcommand included, and its arguments."""
+    name = _name(words[0])
+    return (f"{name} {_name(words[1])}", words[2:]) if name in COMMANDS_WITH_SUB else (name, words[1:])
+
+
+@cache
+def _name(word: bytes) -> str:
+    return word.decode().lower()
 
 
 def _encoded(word: bytes | str | int | float) -> bytes:
@@ -179,24 +185,47 @@ _lua = _Interpreter()
 class _Socket(FakeSocket):
     """The commands, with what fakeredis does otherwise than the real servers put right."""
 
+    def _run_command(
+        self, func: Callable[..., Any] | None, sig: Signature, args: list[Any], from_script: bool
+    ) -> Any:
+        """As fakeredis has it, without what only its other servers, watchers and RESP3 need."""
+        assert func is not None
+        keys: list[CommandItem] = []
+        try:
+            applied = sig.apply(args, self._db, VERSION)
+            if len(applied) == 1:
+                return applied[0]
+            arguments, keys = applied
+            reply = func(*arguments)
+            if isinstance(reply, dict | list):
+                reply = convert_to_resp2(reply)
+        except SimpleError as error:
+            reply = error
+        keep_empty = msgs.FLAG_LEAVE_EMPTY_VAL in sig.flags
+        for key in keys:
+            key.writeback(remove_empty_val=not keep_empty)
+        return reply
+
     def eval(self, script: bytes, numkeys: int, *keys_and_args: bytes) -> Any:
         self._server.script_cache[hashlib.sha1(script).hexdigest().encode()] = script
-        _lua.socket, self._script_resp = self, 2
-        try:
-            result = _lua.run(script, keys_and_args[:numkeys], keys_and_args[numkeys:])
-        except SimpleError:
-            raise  # as Redis 7 has it: the error of the command, whatever was written before stays
-        except lua_module.LuaError as error:
-            raise SimpleError(f"ERR {error}") from error
-        finally:
-            self._script_resp = None
-        return self._convert_lua_result(result, nested=False)
+        return self._run_script(script, numkeys, keys_and_args)
 
     def evalsha(self, sha1: bytes, numkeys: int, *keys_and_args: bytes) -> Any:
         script = self._server.script_cache.get(sha1)
         if script is None:
             raise SimpleError(msgs.NO_MATCHING_SCRIPT_MSG)
-        return self.eval(script, numkeys, *keys_and_args)
+        return self._run_script(script, numkeys, keys_and_args)
+
+    def _run_script(self, script: bytes, keys: int, keys_and_args: tuple[bytes, ...]) -> Any:
+        """An error of a command ends the script, as in Redis 7; what was written before it stays."""
+        _lua.socket, self._script_resp = self, 2
+        try:
+            result = _lua.run(script, keys_and_args[:keys], keys_and_args[keys:])
+        except lua_module.LuaError as error:
+            raise SimpleError(f"ERR {error}") from error
+        finally:
+            self._script_resp = None
+        return self._convert_lua_result(result, nested=False)
 
     def xautoclaim(
         self,

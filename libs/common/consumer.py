@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from random import Random
 
-from common.concurrency import Level
 from common.control_plane.gate import Gate
 from common.delivery import Delivery, Handler, Limits, Tally, within
 from common.entries import Entry, Hand, Row
@@ -53,7 +52,6 @@ class Consumer:
         clock: Callable[[], float],
         random: Random,
         response_stream: str | None = None,
-        level: Level | None = None,
     ) -> None:
         token = name if handler.ordered else None
         self.name = name
@@ -87,7 +85,6 @@ class Consumer:
             on_fault=self._on_fault,
             clock=clock,
             random=random,
-            level=level,
         )
         self._lease = Lease(self.hand, self.settlement, limits.visibility_timeout, self.delivery.lost, clock)
         self._reclaimer = Reclaimer(

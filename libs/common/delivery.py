@@ -18,7 +18,7 @@ from typing import Protocol
 import msgspec
 
 from common import schemas
-from common.concurrency import Level
+from common.concurrency import STEP, Level
 from common.control_plane.gate import Gate
 from common.entries import FIRST_READ, Entry, Hand
 from common.lanes import Batches, Lanes, Queue
@@ -99,9 +99,7 @@ class Delivery:
         on_fault: Callable[[RedisFault], float],
         clock: Callable[[], float],
         random: Random,
-        level: Level | None = None,
     ) -> None:
-        """`level`: how many requests may be in flight; without it, as many as there are slots."""
         self.in_flight = 0
         self.hand = hand
         self.settlement = settlement
@@ -109,7 +107,7 @@ class Delivery:
         self._limits = limits
         self._turn = turn
         self._gate = gate
-        self._level = level or Level(limits.max_in_flight, clock, start=limits.max_in_flight)
+        self.level = Level(limits.max_in_flight, clock)
         self._tally = tally
         self._fetch = fetch
         self._let_go = let_go
@@ -125,7 +123,7 @@ class Delivery:
         self._alone = False  # a suspect is being delivered, and nothing else
         self._quieting = False  # a suspect waits for the requests in flight to end
         self._stopped = False
-        self._short = False  # of level: more may be ready than may start
+        self._rising = False  # the level rises by itself, and the idle slots are called then
         self._idle: deque[asyncio.Future[None]] = deque()
         self._reopening: asyncio.Task[None] | None = None
         self._quiet = asyncio.Event()
@@ -294,12 +292,12 @@ class Delivery:
         if self._stopped or self._alone:
             return None
         if not self._gate.open:
-            self._level.begin_again()
+            self.level.begin_again()
             if self._gate.permits() <= 0:
                 self._reopen_later()
                 return None
-        if self.in_flight >= self._level.limit:
-            self._short = True
+        if self.in_flight >= self.level.limit:
+            self._more_later()
             return None
         if self._turn is not None and not self._turn.fresh:
             self._reopen_later()
@@ -314,13 +312,11 @@ class Delivery:
             self._lanes.push_back(entries)
             self._quieting = True
             return None
-        if entries is None:
-            self._short = False
         return entries
 
     async def _deliver(self, entries: list[Entry]) -> None:
         self.in_flight += 1
-        self._level.begun()
+        self.level.begun()
         for entry in entries:
             entry.in_flight = True
         try:
@@ -331,11 +327,9 @@ class Delivery:
             outcomes = [failed] * len(entries)
         finally:
             self.in_flight -= 1
-            self._level.ended()
+            self.level.ended()
             if not self.in_flight:
                 self._quiet.set()
-            if self._short:
-                self.call(self._level.limit - self.in_flight - 1)  # one is for this slot itself
         for entry, outcome in zip(entries, outcomes, strict=True):
             entry.in_flight = False
             self._end(entry, outcome)
@@ -483,6 +477,16 @@ class Delivery:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._idle.append(future)
         await future
+
+    def _more_later(self) -> None:
+        """Calls the idle slots when the level has risen."""
+        if not self._rising:
+            self._rising = True
+            asyncio.get_running_loop().call_later(STEP, self._more)
+
+    def _more(self) -> None:
+        self._rising = False
+        self.call(self.level.limit - self.in_flight)
 
     def _reopen_later(self) -> None:
         if self._reopening is None:

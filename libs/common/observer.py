@@ -49,7 +49,7 @@ class Observer:
                 _tune_collector()
                 running.log.info("service.ready", seconds=self._ready_seconds, consumer=consumer.name)
             running.metrics.in_flight.set(consumer.in_flight)
-            running.metrics.in_flight_limit.set(running.client.level.limit)
+            running.metrics.in_flight_limit.set(consumer.delivery.level.limit)
             try:
                 await self._look()
                 if self._said != self._to_say() or running.clock() - self._written_at >= presence.WRITE_EVERY:

@@ -299,5 +299,4 @@ def _consumer(running: Running, service: Service) -> Consumer:
         clock=running.clock,
         random=running.random,
         response_stream=service.response_stream,
-        level=running.client.level,
     )

@@ -18,7 +18,6 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from common import figures, logs, schemas
-from common.concurrency import Level
 from common.consumer import Consumer
 from common.control_plane.gate import Gate
 from common.delivery import Limits
@@ -297,7 +296,6 @@ class Consuming:
         name: str = "me",
         gate: Gate | None = None,
         response_stream: str | None = None,
-        level: Level | None = None,
         **limits: float,
     ) -> None:
         loop = asyncio.get_running_loop()
@@ -329,7 +327,6 @@ class Consuming:
             clock=loop.time,
             random=Random(7),
             response_stream=response_stream,
-            level=level,
         )
         self._loop: asyncio.Task[None] | None = None
         self._children: list[asyncio.Task[None]] = []

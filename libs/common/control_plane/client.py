@@ -20,7 +20,6 @@ from uuid import UUID
 
 import msgspec
 
-from common.concurrency import Level
 from common.config import ControlPlane
 from common.control_plane import errors
 from common.control_plane.backoff import quick_delay
@@ -79,7 +78,7 @@ _Judgement = Callable[[Judge, Answer], Outcome | Split]
 
 
 class _Request(msgspec.Struct):
-    """An entry's request, the same at every try. `failure`, `seconds`: what went wrong at the last, after how long."""
+    """An entry's request, the same at every try. `failure`: what went wrong at the last one."""
 
     endpoint: str
     path: str
@@ -89,7 +88,6 @@ class _Request(msgspec.Struct):
     refused_before: bool
     judge: _Judgement
     failure: FailureCause = "connection"
-    seconds: float = 0.0
 
 
 def _request(
@@ -125,9 +123,8 @@ def build(
         longest_pause=min(LONGEST_PAUSE, config.max_backoff),
     )
     transport = Transport(config, f"dataplane-agent/{version}")
-    level = Level(config.max_in_flight, clock)
     return ControlPlaneClient(
-        config, server_id, transport=transport, gate=gate, random=random, observer=observer, level=level
+        config, server_id, transport=transport, gate=gate, random=random, observer=observer
     )
 
 
@@ -144,12 +141,10 @@ class ControlPlaneClient:
         random: Random,
         observer: Observer | None = None,
         wall: Callable[[], float] = time.time,
-        level: Level | None = None,
     ) -> None:
         if not _is_id(server_id):
             raise ValueError(f"server id {server_id!r} cannot stand in a path")
         self.gate = gate
-        self.level = level or Level(config.max_in_flight, time.monotonic)
         """How many requests for entries may be in flight, from what became of those before."""
         self.transport = transport
         self.requests_total = 0
@@ -239,7 +234,6 @@ class ControlPlaneClient:
         except errors.TransportError as error:
             self._observer.request(request.endpoint, "error", error.seconds)
             self.last_error = str(error)
-            request.seconds = error.seconds
             self._learn_silence(ticket, request, error)
             return self._judge.no_answer(error)
         except BaseException:
@@ -249,12 +243,10 @@ class ControlPlaneClient:
         outcome = request.judge(self._judge, answer)
         if isinstance(outcome, Delivered):
             self.gate.delivered(ticket)
-            self.level.answered(answer.seconds)
             self.last_success = self._wall()
             return outcome
         if isinstance(outcome, Retry | Dead):
             self.last_error = outcome.error
-        request.seconds = answer.seconds
         return self._learn(ticket, request, outcome)
 
     def _learn(self, ticket: Ticket, request: _Request, outcome: Outcome | Split) -> Outcome | Split:
@@ -294,7 +286,6 @@ class ControlPlaneClient:
     def _fail(self, ticket: Ticket, request: _Request, failure: FailureCause, error: str) -> None:
         request.failure = failure
         self.gate.failed(ticket, failure, error)
-        self.level.strained(request.seconds)
 
     def _not_found(self, ticket: Ticket, request: _Request, outcome: Retry) -> Retry:
         status = outcome.http_status or 404
