@@ -106,7 +106,7 @@ def test_a_loop_that_spins_or_has_nothing_left_is_found_out() -> None:
 
     for life, found in ((spin(), Spinning), (asyncio.Event().wait(), Stuck)):
         loop = Loop(Random(1))
-        task = loop.create_task(life)  # type: ignore[arg-type]
+        task = loop.create_task(life)
         with pytest.raises(found):
             loop.run_until_complete(task)
         loop.dismiss()
