@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import redis.exceptions as errors
 from redis.asyncio import SSLConnection
-from redis.asyncio.connection import Connection
 
 from common import config
 from common.config import Secret
@@ -150,7 +149,7 @@ def test_the_client_never_retries_by_itself() -> None:
     client = connect(settings(password=Secret("pw"), username="me", db=3, socket_timeout=7.0))
     options = client.connection_pool.connection_kwargs
     assert options["retry"].get_retries() == 0
-    assert client.connection_pool.connection_class is Connection
+    assert not issubclass(client.connection_pool.connection_class, SSLConnection)
     assert (options["host"], options["port"], options["db"]) == ("redis.internal", 6380, 3)
     assert (options["username"], options["password"]) == ("me", "pw")
     assert (options["socket_timeout"], options["socket_connect_timeout"]) == (7.0, 5.0)
@@ -165,7 +164,7 @@ def test_an_empty_password_is_none() -> None:
 def test_tls_is_verified_against_the_given_authority(tmp_path: Path) -> None:
     ca_file = str(tmp_path / "ca.pem")
     client = connect(settings(tls=True, ca_file=ca_file))
-    assert client.connection_pool.connection_class is SSLConnection
+    assert issubclass(client.connection_pool.connection_class, SSLConnection)
     made = client.connection_pool.make_connection()
     assert (made.cert_reqs.name, made.ca_certs, made.check_hostname) == ("CERT_REQUIRED", ca_file, True)
 
