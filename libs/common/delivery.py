@@ -486,7 +486,10 @@ class Delivery:
 
     def _more(self) -> None:
         self._rising = False
-        self.call(self.level.limit - self.in_flight)
+        limit = self.level.limit
+        self.call(limit - self.in_flight)
+        if limit < self._limits.max_in_flight and self._gate.open:
+            self._more_later()  # those called fit: none of them is turned away and asks for the next step
 
     def _reopen_later(self) -> None:
         if self._reopening is None:
