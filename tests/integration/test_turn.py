@@ -175,7 +175,7 @@ async def test_while_redis_is_away_a_turn_ends_with_its_time_to_live(redis: Redi
             scripts.lose["turn_take"] = 4
             while mine.held:
                 await asyncio.sleep(0.001)
-            assert len(faults) == 3
+            assert len(faults) in (3, 4)  # lost, it is asked for again at once
             assert isinstance(faults[0], Away)
             await mine.taken.wait()
         assert (mine.era, answered > 1) == (2, True)
