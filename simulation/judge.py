@@ -86,7 +86,7 @@ class Judge:
         self._unrenewed: dict[Process, float] = {}
         self._alone: dict[StreamEntryKey, int] = {}
         self._known: dict[StreamEntryKey, int] = {}  # the highest delivery count it ever had
-        self.turn_disturbed_at = float("-inf")  # an operator deleted the turn: its holder is not dead
+        self.disturbed_at = float("-inf")  # an operator took the turn or the group away: nobody is dead
         self._settled: list[str] = []
         self._buried: set[str] = set()
         self._old: tuple[Pending, Pending] = ({}, {})
@@ -240,7 +240,7 @@ class Judge:
 
     def _check_turn(self, process: Process, name: str) -> None:
         holder = self._server.execute("GET", self._stream.turn_key)
-        if holder != process.name.encode():
+        if holder is None or holder.split(b"/")[0] != process.name.encode():
             self.offence(f"turn: {process} changes the pending list by {name}, but the turn is {holder!r}'s")
 
     def _check_change(
@@ -282,7 +282,7 @@ class Judge:
             if agent.name.encode() == owner:
                 if not agent.alive:
                     return ""
-                ill = max(self._unrenewed.get(agent, -1e9), agent.paused_at, self.turn_disturbed_at)
+                ill = max(self._unrenewed.get(agent, -1e9), agent.paused_at, self.disturbed_at)
                 lapsed = self._loop.time() - ill < self.plan.visibility_timeout + 6.0
                 return "" if lapsed else f"{agent} is alive and well"
         return "" if owner else "it had no owner"
@@ -328,7 +328,7 @@ class Judge:
         live, _ = self._pending()
         left = [_id(key) for key, row in live.items() if row.consumer_name == agent.name.encode()]
         well = self._trouble.get(agent, -1e9) < began - 6.0 and agent.paused_at < began - 6.0
-        if left and well:
+        if left and well and not agent.consumer.hand:  # else it ran out of time, and said so
             self.offence(f"stop: {agent} has stopped in good order and leaves {left} under its name")
 
     def poisoned(self, agent: Agent, item: Item) -> None:

@@ -38,6 +38,7 @@ FAULTS = (
     "group destroyed",
     "twin destroyed",
     "stream deleted",
+    "flushed",
     "trimmed",
     "pending deleted",
     "dead deleted",

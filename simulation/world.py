@@ -275,18 +275,24 @@ class World:
                 if (stream := self.server.stream(self.stream.name)) is not None:
                     if fault.what == "group destroyed":  # nobody will ever notice what vanished while pending
                         live, _ = self.judge._pending()
+                        self.judge.disturbed_at = self.loop.time()
                         self.judge.unread_deleted += sum(key not in stream for key in live)
                     self.server.execute("XGROUP", "DESTROY", self.stream.name, group)
             case "stream deleted":
                 self.judge.excuse(self._ids(), fault.what)
                 self.judge.books_lost = True
                 self.server.execute("DEL", self.stream.name)
+            case "flushed":
+                self.judge.excuse(list(self.judge.items), fault.what)  # the grants are gone as well
+                self.judge.books_lost = True
+                self.judge.disturbed_at = self.loop.time()
+                self.server.execute("FLUSHALL")
             case "trimmed" | "pending deleted" | "dead deleted":
                 self._delete(fault)
             case "redrive" | "discard":
                 self._operate(fault)
             case "turn deleted":
-                self.judge.turn_disturbed_at = self.loop.time()
+                self.judge.disturbed_at = self.loop.time()
                 self.server.execute("DEL", self.stream.turn_key)
 
     def _pause(self, agent: Agent, seconds: float) -> None:

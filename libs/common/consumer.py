@@ -107,6 +107,7 @@ class Consumer:
         self._log = get("consumer")
         self._groups_made = False
         self._orphans = True  # a read may have delivered entries whose reply never came
+        self._late = False  # a read that was given up may still be under way
         self._era = 0  # of the turn whose pending entries have been taken over
         self._beginnings = 0
         self._untaken: deque[Entry] = deque()  # in hand, and not yet on their way to a slot
@@ -143,6 +144,7 @@ class Consumer:
                             await self._doorbell()
                 except RedisFault as fault:
                     self._orphans = True  # what it read or took may be ours without our knowing
+                    self._late = True  # or will be, when it gets there
                     await self._back_off(fault)
                 except TurnLost:
                     self._lose_turn()
@@ -158,6 +160,7 @@ class Consumer:
             await self._take_turn(self.turn)
         await self._take_on()
         if self._orphans:
+            await self._fence()
             await self._hand_on(await self._reclaimer.recover())
             self._orphans = False
         if self.ready_at is None:
@@ -258,12 +261,22 @@ class Consumer:
             era = turn.era
             self._let_go()  # what is left of an earlier turn comes again, with all that others have changed
             beginnings = self._beginnings
+            await self._fence()
             rows = await self._reclaimer.take_all()
             self._tally.claimed_entries(len(rows))
             if self._beginnings == beginnings:
                 self._era = era
                 self._orphans = False
                 await self._hand_on(rows)
+
+    async def _fence(self) -> None:
+        """In order, a read that was given up and is still under way must not deliver behind what is found now."""
+        if self.turn is not None and self._late:
+            held = await self.turn.replace_token()
+            self._token = self.settlement.token = self._reclaimer.token = self.turn.token
+            if not held:
+                raise TurnLost
+            self._late = False
 
     def _lose_turn(self) -> None:
         """The turn is somebody else's: what is in hand is delivered by the successor, in order."""

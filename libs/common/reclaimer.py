@@ -62,7 +62,7 @@ class Reclaimer:
         self._claim_every = claim_interval
         self._look_every = min(LOOK_EVERY, claim_interval)
         self._turn = [stream.turn_key] if token else []
-        self._token = token or ""
+        self.token = token or ""
         self._clock = clock
         self._cursor = START
         self._sweep_at = clock()
@@ -138,7 +138,7 @@ class Reclaimer:
             cursor,
             count,
             MAX_ENTRY_BYTES,
-            self._token,
+            self.token,
         ]
         reply = await self._scripts.run("take_over", keys, args)
         if reply[0] == -1:

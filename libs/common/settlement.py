@@ -92,8 +92,8 @@ class Settlement:
         self._service = service
         self._counters = counters
         self._response_stream = response_stream
+        self.token = token or ""
         self._turn = [stream.turn_key] if token else []
-        self._token = token or ""
         self._now = now
         self._settling: list[tuple[Entry, bool]] = []
         self._burying: list[tuple[Entry, Dead]] = []
@@ -190,7 +190,7 @@ class Settlement:
             duplicates += duplicate
             outcome = b"duplicate" if duplicate else b"delivered"
             lines.append(b"%b %b %d %d %d %d" % (entry.id, outcome, *(entry.figures or _NO_FIGURES)))
-        args: list[str | bytes | int] = [stream.group, stream.dead_group, self._token, b"\n".join(lines)]
+        args: list[str | bytes | int] = [stream.group, stream.dead_group, self.token, b"\n".join(lines)]
         keys = [stream.name, stream.dead_key, stream.ledger_key, *self._turn]
         if await self.scripts.run("settle", keys, args) == -1:
             raise TurnLost
@@ -216,7 +216,7 @@ class Settlement:
 
     async def _bury(self, deaths: list[tuple[Entry, Dead]]) -> None:
         stream, died_at = self.stream, self._now()
-        args: list[str | bytes | int] = [stream.group, stream.dead_group, self.consumer, self._token]
+        args: list[str | bytes | int] = [stream.group, stream.dead_group, self.consumer, self.token]
         for entry, dead in deaths:
             document = DeadDocument(
                 reason=dead.reason,

@@ -16,8 +16,8 @@ from common.redis_border import RedisFault, Scripts
 ASK_EVERY = 1.0
 """Seconds between two attempts of those who wait: a handed-over turn is taken up within this time."""
 
-TAKEN = 2
-"""The script's answer when nobody had the turn."""
+RENEWED, TAKEN = 1, 2
+"""The script's answers when it was ours, and when nobody had it."""
 
 
 class Turn:
@@ -39,6 +39,9 @@ class Turn:
         self._scripts = scripts
         self._ttl = ttl
         self._clock = clock
+        self._name = token
+        self._replaced = 0  # how many tokens there were before this one
+        self._next: str | None = None  # the token that replaces it, until Redis has said so
         self._renewed_at = float("-inf")
         self._given_up = False
         self._missed = asyncio.Event()  # lost, so asked for again at once
@@ -77,7 +80,7 @@ class Turn:
             if self._given_up:
                 return False
             asked_at = self._clock()
-            ours = await self._scripts.run("turn_take", [self.key], [self.token, int(self._ttl * 1000)])
+            ours = await self._take(self.token, self._next or "")
             if ours:
                 self._renewed_at = asked_at
         if ours == TAKEN:
@@ -90,12 +93,35 @@ class Turn:
             self.lose()
         return self.held
 
+    async def replace_token(self) -> bool:
+        """Renews under a new token: a call that was given up and may yet arrive changes nothing. Raises RedisFault."""
+        async with self._asking:
+            if self._given_up:
+                return False
+            if self._next is None:
+                self._replaced += 1
+                self._next = f"{self._name}/{self._replaced}"
+            asked_at = self._clock()
+            ours = await self._take(self._next, self.token)
+            if ours:
+                self._renewed_at = asked_at
+                self.token, self._next = self._next, None
+        if ours != RENEWED:
+            self.lose()
+        return self.held
+
+    async def _take(self, token: str, replaces: str) -> int:
+        ours: int = await self._scripts.run("turn_take", [self.key], [token, int(self._ttl * 1000), replaces])
+        return ours
+
     async def give_up(self) -> None:
         """Frees the turn for the next, for good; raises RedisFault."""
         self._given_up = True
         self.taken.clear()
         async with self._asking:
-            await self._scripts.run("turn_give_up", [self.key], [self.token])
+            for token in (self.token, self._next):
+                if token is not None:
+                    await self._scripts.run("turn_give_up", [self.key], [token])
 
     def lose(self) -> None:
         """Somebody found that the turn is no longer ours."""

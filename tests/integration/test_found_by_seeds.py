@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 
 from common.entries import Entry
 from common.outcomes import Cause, Retry
+from common.redis_border import Away
 from tests.integration.workbench import (
     ORDERED,
     STREAM,
@@ -136,6 +137,41 @@ async def test_while_suspects_are_read_one_by_one_the_others_keep_their_lease(
         await settled(redis, len(ids), ORDERED)
     assert me.tally.claimed == len(ids)
     assert handler.delivered_ids == ids
+
+
+async def test_in_order_a_read_that_was_given_up_and_arrives_late_delivers_nothing(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    handler = Told(ordered=True)
+    under_way: list[asyncio.Task[Any]] = []
+    recovered = asyncio.Event()
+
+    def delays_the_first_read(me: Consuming) -> None:
+        run = me.scripts.run
+
+        async def after_the_recovery(*call: Any) -> Any:
+            await recovered.wait()
+            return await run(*call)
+
+        async def slowly(name: str, keys: Any, args: Any) -> Any:
+            if name == "read" and not under_way:
+                under_way.append(asyncio.create_task(after_the_recovery(name, keys, args)))
+                raise Away("no answer in time")
+            if name == "read":
+                recovered.set()
+                assert await under_way[0] == [-1]
+            return await run(name, keys, args)
+
+        me.scripts.run = slowly  # type: ignore[method-assign]
+
+    ids = await add(redis, "s", "s", stream=ORDERED)
+    async with consuming(redis_server.port, handler, stream=ORDERED, before=delays_the_first_read) as me:
+        await settled(redis, 2, ORDERED)
+        assert me.consumer.turn is not None
+        assert await redis.get(ORDERED.turn_key) == me.consumer.turn.token.encode() == b"me/1"
+        await me.stop()
+    assert handler.delivered_ids == ids
+    assert await redis.get(ORDERED.turn_key) is None
 
 
 async def test_dead_letters_outlive_their_twin(redis: Redis, redis_server: RedisServer) -> None:
