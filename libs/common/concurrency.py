@@ -3,8 +3,7 @@
     4, 6, 9, 13, 20, 30, 45, 64    all of 64 after 0.35 s
 
 It begins anew whenever nothing may be sent (an open breaker, a hold) and after the connections have idled away.
-So an outage does not end with 64 TLS handshakes at once, which a ControlPlane that has just come back does not need,
-and which cost a process some 10 MB for good.
+So an outage does not end with 64 TLS handshakes at once, which a ControlPlane that has just come back does not need.
 
 It never falls by itself: why, is told in docs/decisions/0006-slow-start-and-no-more.md.
 Pure: the clock comes in, and what is said to it is all it knows.
