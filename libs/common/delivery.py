@@ -264,9 +264,8 @@ class Delivery:
             entry.lane = self._handler.decode(entry)
         except schemas.Invalid as invalid:
             return Dead(Reason.INVALID, str(invalid))
-        except (
-            Exception
-        ) as error:  # a decoder that stumbles must not stop the stream: this entry is unreadable
+        except Exception as error:
+            # A decoder that stumbles must not stop the stream: this entry is unreadable.
             self._log.exception("entry.unreadable", id=entry.id.decode())
             return Dead(Reason.INVALID, f"cannot be read: {type(error).__name__}")
         if not entry.correlation_id:
@@ -409,9 +408,7 @@ class Delivery:
                 self.settlement.died(entry, outcome)  # moves to the dead-letter view with the next batch
                 self._lanes.finish([entry])
             case Retry(cause=Cause.HELD):
-                self._held(
-                    entry, outcome
-                )  # stays pending: tried again when the gate opens, no attempt counted
+                self._held(entry, outcome)  # stays pending: tried again when the gate opens, uncounted
             case Retry():
                 self._retry(entry, outcome)  # stays pending: parked until its next attempt
 

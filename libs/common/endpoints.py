@@ -168,7 +168,7 @@ class Server:
             await peer.part()
         except (TimeoutError, OSError):
             pass  # too slow, or gone: nobody is left to be told
-        except Exception:
+        except Exception:  # a fault of ours costs this conversation, not the listener
             log.exception("endpoint.failed")
         finally:
             peer.drop()
@@ -190,7 +190,7 @@ class Server:
         try:
             response = route(request)
             return await response if isinstance(response, Awaitable) else response
-        except Exception:
+        except Exception:  # a route that stumbles is a 500, and said; the process goes on delivering
             log.exception("endpoint.failed", path=request.path)
             return FAILED
 

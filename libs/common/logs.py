@@ -294,7 +294,7 @@ def _described(value: Any) -> str:
         if isinstance(value, (bytes, bytearray, memoryview)):
             return bytes(value[: 2 * MAX_TEXT]).decode(errors="backslashreplace")
         return f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else str(value)
-    except Exception:
+    except Exception:  # a fact whose own str() fails must not cost the line it is in
         return f"a {type(value).__name__} that cannot be shown"
 
 

@@ -243,7 +243,7 @@ async def _end(tasks: list[asyncio.Task[None]]) -> None:
 async def _child(running: Running, name: str, run: Callable[[], Awaitable[None]]) -> None:
     try:
         await run()
-    except Exception:
+    except Exception:  # fatal: the process stops in order, hands over, and exits with 1
         running.log.exception("child.failed", child=name)
         running.stop(f"{name} failed", FAILED)
 

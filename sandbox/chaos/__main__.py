@@ -88,7 +88,7 @@ def _run(seed: int, options: argparse.Namespace, faults: Sequence[Fault], kind: 
             )
         )
         print(f"\n{report.render(found)}\n", flush=True)
-    except Exception:
+    except Exception:  # a run that could not be judged did not hold: what is kept is named below, exit code 1
         traceback.print_exc()
     if found is None or not found.ok or options.keep:
         print(f"logs, books, schedule: {directory}", flush=True)

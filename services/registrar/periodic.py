@@ -44,7 +44,7 @@ async def every(
         started_at = clock()
         try:
             await tick()
-        except Exception:
+        except Exception:  # one tick that fails must not end the ticking
             _log.exception("tick.failed", tick=tick.__qualname__)
         await until(stopping, seconds=max(0.0, started_at + seconds() - clock()))
 

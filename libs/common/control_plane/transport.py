@@ -184,10 +184,8 @@ class Transport:
                 builder = builder.identity_pem(_identity(config.cert_file, config.key_file))
             with _trusting(config.ca_file):
                 self._client = builder.build()
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # an SSLError is an OSError, the library's BuilderError a ValueError
+        except (OSError, ValueError) as error:
+            # An SSLError is an OSError, the library's BuilderError a ValueError.
             raise errors.CannotSend(f"no TLS client: {error}") from error
         return self._client
 
