@@ -14,6 +14,8 @@ import resource
 import socket
 import ssl
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -586,6 +588,13 @@ async def test_nothing_is_sent_after_close() -> None:
         with pytest.raises(errors.ConnectFailed):
             await post(transport)
     assert server.connections == 0
+
+
+def test_the_library_takes_no_huge_pages_which_cost_11_mb_a_process() -> None:
+    program = "import common.control_plane.transport; print(open('/proc/self/status').read())"
+    environment = {name: value for name, value in os.environ.items() if name != "MIMALLOC_ALLOW_THP"}
+    told = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert "THP_enabled:\t0" in told.stdout
 
 
 async def test_the_client_and_its_threads_are_made_with_the_first_request_hence_after_a_fork() -> None:

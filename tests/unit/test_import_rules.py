@@ -92,7 +92,7 @@ def test_only_the_configuration_reads_the_environment() -> None:
         for path in sources("common", *SERVICES, "dataplane_agent")
         if {"environ", "environb", "getenv", "putenv"} & set(words(path))
     }
-    # The HTTP library takes its CA file from a variable alone: the transport shows it the configured one.
+    # The HTTP library takes its CA file, and its allocator's options, from variables alone: the transport sets them.
     assert reading == {"libs/common/config.py", "libs/common/control_plane/transport.py"}
 
 
