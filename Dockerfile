@@ -1,7 +1,7 @@
 # One image for the four services and the operator's command; the command chooses.
 #
 #   docker build --network host -t dataplane-agent .
-#   docker run -e CONTROL_PLANE_BASE_URL=… -e CONTROL_PLANE_API_KEY=… dataplane-agent usage-forwarder --config /etc/dataplane/config.yaml
+#   docker run -e CONTROL_PLANE_BASE_URL=… -e CONTROL_PLANE_API_KEY=… dataplane-agent usage-forwarder
 #
 # PYTHON_IMAGE is any image with Python 3.11 to 3.14 and its venv module.
 # LOCK chooses what is installed: runtime.lock, or demo.lock with what the sandbox needs beside it.
@@ -21,9 +21,9 @@ RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/lib/datapl
  && install -d -o dataplane -g dataplane /var/lib/dataplane /var/lib/dataplane/sandbox
 COPY --from=build /opt/dataplane /opt/dataplane
 COPY config.example.yaml /etc/dataplane/config.yaml
-ENV PATH=/opt/dataplane/bin:$PATH PYTHONUNBUFFERED=1
+ENV PATH=/opt/dataplane/bin:$PATH PYTHONUNBUFFERED=1 DATAPLANE_CONFIG=/etc/dataplane/config.yaml
 USER 10001:10001
 WORKDIR /var/lib/dataplane
 STOPSIGNAL SIGTERM
 EXPOSE 8081-8084 9090-9093
-CMD ["dataplane", "run", "--config", "/etc/dataplane/config.yaml"]
+CMD ["dataplane", "run"]

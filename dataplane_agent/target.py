@@ -18,7 +18,9 @@ from common.streams import Stream
 Files = Annotated[
     tuple[Path, ...],
     Parameter(
-        name="--config", negative="", help="Configuration file; repeatable, later ones override earlier ones."
+        name="--config",
+        negative="",
+        help="Configuration file; repeatable, later ones override earlier ones (else $DATAPLANE_CONFIG).",
     ),
 ]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")]

@@ -2,6 +2,7 @@
 
     defaults  <  files, in order  <  $CREDENTIALS_DIRECTORY  <  DATAPLANE_<SECTION>__<KEY>, …_FILE
 
+The files are those of the command line, else of DATAPLANE_CONFIG, so that in an image every command finds them.
 Nothing else in the agent reads the environment. `load` returns a Config in which everything is valid,
 or raises a ConfigError with a Fault for each thing that is not: *key: expected X, got Y*.
 No message, repr or traceback shows a secret. Durations are seconds, and may be fractions.
@@ -405,9 +406,12 @@ _VARIABLES = {"DATAPLANE_" + key.upper().replace(".", "__"): key for key in (*_K
 
 
 def load(paths: Sequence[str | Path] = (), environ: Mapping[str, str] = os.environ) -> Config:
-    """The configuration from defaults, files and environment; raises ConfigError with every fault."""
+    """The configuration from defaults, files and environment; raises ConfigError with every fault.
+
+    Without `paths`, the files are those that DATAPLANE_CONFIG names, separated as in PATH.
+    """
     found = _Found(environ)
-    for path in paths:
+    for path in paths or filter(None, environ.get("DATAPLANE_CONFIG", "").split(os.pathsep)):
         found.read_file(Path(path))
     found.read_credentials()
     found.read_environment()

@@ -151,7 +151,11 @@ def run(name: str, build: Build, argv: Sequence[str] | None = None) -> int:
     """The whole life of a process: returns its exit code."""
     parser = argparse.ArgumentParser(prog=name.replace("_", "-"), description=f"DataPlaneAgent: {name}.")
     parser.add_argument(
-        "--config", action="append", default=[], metavar="FILE", help="YAML; repeatable, later files override"
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML; repeatable, later files override (else $DATAPLANE_CONFIG)",
     )
     parser.add_argument(
         "--check-config", action="store_true", help="say every fault of the configuration, then exit"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -202,6 +203,14 @@ def test_a_variable_that_cannot_be_filled_in_is_a_fault(written: Any, given: str
 def test_an_unset_variable_that_a_later_source_overrides_is_none(written: Any) -> None:
     file = written("server: {region: '${GONE}'}")
     assert load([file], KEY | {"DATAPLANE_SERVER__REGION": "r"}).server.region == "r"
+
+
+def test_files_named_in_the_environment_are_read_when_the_command_line_names_none(written: Any) -> None:
+    base, later = written("server: {id: a, region: r}", "base"), written("server: {id: b}", "later")
+    environ = KEY | {"DATAPLANE_CONFIG": f"{base}{os.pathsep}{later}"}
+    assert (load((), environ).server.id, load((), environ).server.region) == ("b", "r")
+    assert load([base], environ).server.id == "a"
+    assert load((), KEY | {"DATAPLANE_CONFIG": ""}).server.id == "api-server-001"
 
 
 def test_values_of_the_environment_are_taken_as_they_are() -> None:
