@@ -16,8 +16,9 @@ from common.control_plane.client import ControlPlaneClient
 from common.control_plane.gate import Gate, Unobserved
 from common.delivery import Handler, Limits
 from common.entries import Entry
+from common.observer import LOOK_EVERY
 from common.outcomes import Cause, Outcome, Reason
-from common.redis_border import Scripts
+from common.redis_border import RedisFault, Scripts
 from common.redis_state import RedisState
 from common.service import Sender
 from common.streams import Stream
@@ -123,7 +124,7 @@ class Agent(Process):
         """As `service._live` does it, without ports and signals."""
         consumer = self.consumer
         loop = asyncio.create_task(self._child("consumer", consumer.run))
-        children = {**consumer.children(), "probe": self.client.run_probe}
+        children = {**consumer.children(), "probe": self.client.run_probe, "sentinel": self._look}
         tasks = [asyncio.create_task(self._child(name, run)) for name, run in children.items()]
         await self.stopping.wait()
         try:
@@ -141,6 +142,15 @@ class Agent(Process):
             task.cancel()
         self._ended(self)
         self.kill()
+
+    async def _look(self) -> None:
+        """As the observer does it."""
+        while True:
+            try:
+                await self.consumer.sentinel.look()
+            except RedisFault:
+                pass
+            await asyncio.sleep(LOOK_EVERY)
 
     async def _child(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -182,6 +192,7 @@ class _Tally:
     def vanished_entries(self, n: int) -> None: ...
     def retried_entries(self, cause: Cause) -> None: ...
     def claimed_entries(self, n: int) -> None: ...
+    def lost_entries(self, n: int) -> None: ...
 
 
 class _Watch(Unobserved):

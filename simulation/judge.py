@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from fakeredis.model._stream import PelEntry, StreamEntryKey
 
-from common.ledger import GONE, imbalance, parse
+from common.ledger import GONE, LOST, imbalance, parse
 from common.schemas import transaction_id
 from common.streams import HANDOVER, Stream
 from simulation.agent import Agent
@@ -71,6 +71,7 @@ class Judge:
         self.trace: list[str] = []
         self.books_lost = False  # the stream was deleted: its ledger begins anew
         self.unread_deleted = 0
+        self.most_lost = 0  # with the stream itself, when it was deleted or flushed
         self.calls: Counter[str] = Counter()
         self.control_plane: ControlPlane
         self.agents: list[Agent] = []
@@ -97,7 +98,7 @@ class Judge:
     @property
     def most_idle_calls(self) -> float:
         """Calls a second of a process that has nothing to do: looks, sweeps, doorbells, renewals of the turn."""
-        return 5.0 + 10.0 / min(self.plan.claim_interval, 2.0) + 12.0 / self.plan.visibility_timeout
+        return 6.0 + 10.0 / min(self.plan.claim_interval, 2.0) + 12.0 / self.plan.visibility_timeout
 
     def note(self, what: str, **facts: object) -> None:
         if self.tracing:
@@ -408,11 +409,13 @@ class Judge:
                 self.offence(f"attempts: {item} died after {attempts}, and {sends} requests were sent")
 
     def _check_ledger(self) -> None:
+        raw = self._server.execute("HGETALL", self._stream.ledger_key)
+        books = parse(dict(zip(raw[::2], raw[1::2], strict=True)))
+        if books.get(LOST, 0) > self.most_lost:
+            self.offence(f"ledger: {books[LOST]} entries are lost, at most {self.most_lost} can be")
         stream = self._server.stream(self._stream.name)
         if stream is None or self.books_lost:
             return
-        raw = self._server.execute("HGETALL", self._stream.ledger_key)
-        books = parse(dict(zip(raw[::2], raw[1::2], strict=True)))
         off = imbalance(stream.entries_added, len(stream), books) - self.unread_deleted
         if off:
             told = {name: books.get(name, 0) for name in ("base", *GONE)}

@@ -18,7 +18,7 @@ import lupa.lua51 as lua_module  # type: ignore[import-untyped]
 import redis.exceptions as errors
 from fakeredis import _msgs as msgs
 from fakeredis._command_args_parsing import extract_args
-from fakeredis._commands import COMMANDS_WITH_SUB, Signature
+from fakeredis._commands import COMMANDS_WITH_SUB, Signature, command
 from fakeredis._core import CommandItem, FakeServer
 from fakeredis._helpers import SimpleError, SimpleString, current_time
 from fakeredis._socket._fakesocket import FakeSocket
@@ -263,6 +263,11 @@ class _Socket(FakeSocket):
             [entry.encode() if justid else stream.format_record(entry) for entry in claimed],
             [entry.encode() for entry in deleted],
         ]
+
+    @command(name="info", fixed=(), repeat=(bytes,))
+    def info(self, *sections: bytes) -> bytes:
+        """As much of it as is asked for here: which run of the server this is."""
+        return b"# Server\r\nrun_id:%040x\r\n" % 1
 
     def xread(self, *args: bytes) -> Any:
         """Nothing to read is a nil, not an empty list."""

@@ -279,10 +279,12 @@ class World:
                         self.judge.unread_deleted += sum(key not in stream for key in live)
                     self.server.execute("XGROUP", "DESTROY", self.stream.name, group)
             case "stream deleted":
+                self.judge.most_lost += len(self._ids()) + self.judge.unread_deleted
                 self.judge.excuse(self._ids(), fault.what)
                 self.judge.books_lost = True
                 self.server.execute("DEL", self.stream.name)
             case "flushed":
+                self.judge.most_lost += len(self.judge.items)  # as many as there were at the last look
                 self.judge.excuse(list(self.judge.items), fault.what)  # the grants are gone as well
                 self.judge.books_lost = True
                 self.judge.disturbed_at = self.loop.time()
@@ -393,6 +395,7 @@ LOGGERS = (
     "delivery",
     "reclaimer",
     "turn",
+    "sentinel",
     "redis",
     "control_plane",
     "service",

@@ -633,7 +633,7 @@ class _Found:
         for key in _STREAM_KEYS:
             stream = Stream(getattr(config.streams, key), "")
             try:
-                names = (stream.name, stream.dead_key, stream.ledger_key, stream.turn_key)
+                names = (stream.name, stream.dead_key, stream.ledger_key, stream.seen_key, stream.turn_key)
             except ValueError:
                 expected = "a name without braces, or with one hash tag like {quota}:requests"
                 self.fault(f"streams.{key}", expected, repr(stream.name))

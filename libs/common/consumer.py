@@ -23,6 +23,7 @@ from common.logs import get
 from common.reclaimer import Reclaimer
 from common.redis_border import Full, GroupGone, RedisFault, Scripts, border
 from common.redis_state import RedisState
+from common.sentinel import Sentinel
 from common.settlement import Settlement, TurnLost
 from common.streams import GREATEST_ID, MAX_ENTRY_BYTES, Stream
 from common.turn import Turn
@@ -86,6 +87,7 @@ class Consumer:
             clock=clock,
             random=random,
         )
+        self.sentinel = Sentinel(scripts, stream, name, tally)
         self._lease = Lease(self.hand, self.settlement, limits.visibility_timeout, self.delivery.lost, clock)
         self._reclaimer = Reclaimer(
             scripts,
@@ -241,14 +243,15 @@ class Consumer:
 
     async def _make_groups(self) -> None:
         stream = self.stream
-        live, twin, anew = await self._scripts.run(
+        live, twin = await self._scripts.run(
             "make_groups",
             [stream.name, stream.ledger_key, stream.dead_key],
             [stream.group, stream.dead_group, GREATEST_ID],
         )
+        anew = await self.sentinel.look()
         self._groups_made = True
         if live or twin:
-            made = {"live": bool(live), "twin": bool(twin), "books_begun_anew": bool(anew)}
+            made = {"live": bool(live), "twin": bool(twin), "books_begun_anew": anew}
             self._log.warning("groups.made", stream=stream.name, **made)
 
     async def _take_turn(self, turn: Turn) -> None:

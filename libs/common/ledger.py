@@ -6,6 +6,8 @@ Whenever nothing is moving,
     entries-added − base  =  delivered + duplicate + discarded + vanished + XLEN
 
 and what is missing was lost: trimmed before it was read, or deleted by somebody else.
+What went with a whole stream (deleted, flushed, forgotten by Redis) is `lost`, and no part of the sum: the books of
+another stream begin anew, and those that Redis has rolled back never knew it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ DUPLICATE = "duplicate"  # the ControlPlane had it already
 DISCARDED = "discarded"  # an operator's decision
 VANISHED = "vanished"  # trimmed or deleted by somebody while it was pending
 REDRIVEN = "redriven"  # went back into the live group; says nothing about the balance
+LOST = "lost"  # went with the stream itself, as far as the sentinel saw; says nothing about the balance
 DEAD = {reason: f"dead:{reason}" for reason in Reason}  # ever buried; redriven ones are not subtracted
 
 GONE = (DELIVERED, DUPLICATE, DISCARDED, VANISHED)

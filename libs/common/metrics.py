@@ -133,6 +133,11 @@ class Metrics:
             "Entries that someone trimmed or deleted while they were pending. "
             "Each one is lost: find the trimmer.",
         )
+        self.lost = stream.counter(
+            "dataplane_entries_lost_total",
+            "Entries that went with their stream: it was deleted or flushed, or Redis came back with less. "
+            "An estimate as of the last look, a second before; the process that noticed counts.",
+        )
         self.usage_processed = forwarder.counter(
             "usage_records_processed_total", "Usage records that the ControlPlane has confirmed."
         )
@@ -252,6 +257,9 @@ class Metrics:
 
     def vanished_entries(self, n: int) -> None:
         self.vanished.inc(n)
+
+    def lost_entries(self, n: int) -> None:
+        self.lost.inc(n)
 
     def observe_deliveries(self, seconds: Sequence[float]) -> None:
         """Count the delivery times of a settled batch."""

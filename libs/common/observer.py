@@ -104,6 +104,7 @@ class Observer:
         self._running.metrics.figures(self._figures)
         if self._service.on_figures is not None:
             self._service.on_figures(self._figures)
+        await self._consumer.sentinel.look()
 
     def _presence(self) -> Presence:
         running, state = self._running, self.state()

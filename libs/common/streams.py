@@ -7,7 +7,8 @@
     queue:quota_response                 stream     quota_refresher       AudioAPIServer        MINID, one hour
     queue:commands                       stream     registrar (poll)      registrar             deleted when settled
     {<stream>}:dead                      hash       settlement (bury)     CLI                   one field per dead entry
-    {<stream>}:ledger                    hash       settlement            CLI, metrics          a dozen fields
+    {<stream>}:ledger                    hash       settlement, sentinel  CLI, metrics          a dozen fields
+    {<stream>}:seen                      hash       sentinel (1 s)        sentinel              six fields
     {<stream>}:turn                      string     turn                  turn                  time to live
     dataplane:<server>:presence          hash       presence (5 s)        registrar, CLI        stale fields are removed
     dataplane:<server>:command:<id>      string     registrar             registrar             24 h
@@ -70,6 +71,10 @@ class Stream(msgspec.Struct, frozen=True):
     @property
     def ledger_key(self) -> str:
         return side_key(self.name, "ledger")
+
+    @property
+    def seen_key(self) -> str:
+        return side_key(self.name, "seen")
 
     @property
     def turn_key(self) -> str:

@@ -25,7 +25,7 @@ from tests.support import RedisServer
 
 STREAM = Stream("queue:usage_records", "usage_forwarder")
 S, G, D = STREAM.name, STREAM.group, STREAM.dead_group
-DEAD, LEDGER, TURN = STREAM.dead_key, STREAM.ledger_key, STREAM.turn_key
+DEAD, LEDGER, SEEN, TURN = STREAM.dead_key, STREAM.ledger_key, STREAM.seen_key, STREAM.turn_key
 SCRIPTS = {
     path.name.removesuffix(".lua"): path.read_text()
     for path in files("common.scripts").iterdir()
@@ -51,7 +51,8 @@ class Walk:
         self._last = 0
 
     def __iter__(self) -> Iterator[Step]:
-        yield script("make_groups", [S, LEDGER, DEAD], G, D, GREATEST_ID)
+        yield self.make_groups()
+        yield self.keep_books()
         for _ in range(80):
             yield self._random.choice(self.STEPS)(self)
 
@@ -136,6 +137,13 @@ class Walk:
     def make_groups(self) -> Step:
         return script("make_groups", [S, LEDGER, DEAD], G, D, GREATEST_ID)
 
+    def keep_books(self) -> Step:
+        life = self._random.choice(("", "old", "new"))
+        saw = (self._random.randint(0, 5), self._random.randint(0, 5), self._id())
+        return script(
+            "keep_books", [S, LEDGER, SEEN], G, D, self._random.choice(("new", "newer")), life, *saw
+        )
+
     def turn_take(self) -> Step:
         return script("turn_take", [TURN], self._me(), 60_000)
 
@@ -150,6 +158,10 @@ class Walk:
 
     def trim(self) -> Step:
         return ("XTRIM", S, "MAXLEN", 3)
+
+    def remove(self) -> Step:
+        """The stream or what was seen of it."""
+        return ("DEL", self._random.choice((S, SEEN)))
 
     def destroy(self) -> Step:
         return ("XGROUP", "DESTROY", S, self._random.choice((G, D)))
@@ -174,8 +186,9 @@ class Walk:
         *(settle,) * 2,
         *(bury,) * 3,
         *(take_over,) * 4,
-        *(renew, hand_over, fetch, age, redrive, discard, answer, clear_ghosts, make_groups),
+        *(renew, hand_over, fetch, age, redrive, discard, answer, clear_ghosts, make_groups, keep_books),
         *(forget_consumer, forget_consumers, turn_take, turn_give_up, remember, delete, trim, destroy),
+        remove,
         *(pending, doorbell),
     )
 
@@ -187,6 +200,7 @@ LOOK: tuple[Step, ...] = (
     ("XINFO", "CONSUMERS", S, G),
     ("HGETALL", DEAD),
     ("HGETALL", LEDGER),
+    *(("HGET", SEEN, field) for field in ("life", "added", "floor", "counted", "imbalance")),
     ("GET", TURN),
     ("XLEN", "responses"),
     script("figures", [S, LEDGER], G, D),

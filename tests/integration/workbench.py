@@ -25,6 +25,7 @@ from common.entries import Entry
 from common.outcomes import DELIVERED, Cause, Outcome, Reason, Retry
 from common.redis_border import Away, Scripts
 from common.redis_state import RedisState
+from common.sentinel import Sentinel
 from common.streams import GREATEST_ID, Stream
 from tests.support import connect, eventually
 
@@ -46,12 +47,14 @@ class State(msgspec.Struct, frozen=True):
 
 
 async def make_groups(redis: Redis, stream: Stream = STREAM) -> list[int]:
+    """As a process does it that has just started: whether live group, twin and books were begun."""
     reply = await Scripts(redis).run(
         "make_groups",
         [stream.name, stream.ledger_key, stream.dead_key],
         [stream.group, stream.dead_group, GREATEST_ID],
     )
-    return cast(list[int], reply)
+    anew = await Sentinel(Scripts(redis), stream, "somebody", Counts()).look()
+    return [*reply, int(anew)]
 
 
 async def lay(
@@ -179,7 +182,7 @@ class Counts:
     """A tally that can be read."""
 
     def __init__(self) -> None:
-        self.delivered = self.duplicate = self.vanished = self.claimed = 0
+        self.delivered = self.duplicate = self.vanished = self.claimed = self.lost = 0
         self.dead: Counter[Reason] = Counter()
         self.retried: Counter[Cause] = Counter()
 
@@ -199,6 +202,9 @@ class Counts:
 
     def claimed_entries(self, n: int) -> None:
         self.claimed += n
+
+    def lost_entries(self, n: int) -> None:
+        self.lost += n
 
 
 class Told:

@@ -34,6 +34,7 @@ EVERYWHERE = {
     "dataplane_dead_total": STREAM | {"reason"},
     "dataplane_claimed_total": STREAM,
     "dataplane_entries_vanished_total": STREAM,
+    "dataplane_entries_lost_total": STREAM,
     "dataplane_delivery_seconds": STREAM,
     "dataplane_last_success_timestamp_seconds": STREAM,
     "dataplane_in_flight": STREAM,
@@ -198,11 +199,13 @@ def test_a_dead_entry_counts_once_in_each_of_its_two_figures(metrics: Metrics) -
     assert value(metrics, "dataplane_dead_total", reason="poison") == 0
 
 
-def test_what_was_taken_over_or_vanished_is_counted(metrics: Metrics) -> None:
+def test_what_was_taken_over_or_vanished_or_lost_is_counted(metrics: Metrics) -> None:
     metrics.claimed_entries(3)
     metrics.vanished_entries(4)
+    metrics.lost_entries(5)
     assert value(metrics, "dataplane_claimed_total") == 3
     assert value(metrics, "dataplane_entries_vanished_total") == 4
+    assert value(metrics, "dataplane_entries_lost_total") == 5
 
 
 @pytest.mark.parametrize(

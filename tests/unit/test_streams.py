@@ -25,9 +25,9 @@ def slot(key: str) -> int:
 @pytest.mark.parametrize(("name", "group"), STREAMS)
 def test_every_key_of_a_stream_is_in_its_slot(name: str, group: str) -> None:
     stream = Stream(name, group)
-    keys = {stream.dead_key, stream.ledger_key, stream.turn_key}
+    keys = {stream.dead_key, stream.ledger_key, stream.seen_key, stream.turn_key}
     assert {slot(key) for key in keys} == {slot(name)}
-    assert len(keys | {name}) == 4
+    assert len(keys | {name}) == 5
 
 
 def test_the_slots_are_those_that_redis_computes() -> None:

@@ -1,9 +1,9 @@
--- Makes the live group and its twin, and notes in the ledger from where its books begin.
--- Done again whenever the stream or a group has gone; what is there already is left as it is.
+-- Makes the live group and its twin; what is there already is left as it is.
+-- Done again whenever the stream or a group has gone. Where the books begin is for keep_books, which comes next.
 --
 -- KEYS     1 stream   2 ledger   3 dead
 -- ARGV     1 group    2 twin group   3 greatest id
--- returns  {1 when the live group was made, 1 when the twin was made, 1 when the books were begun anew}
+-- returns  {1 when the live group was made, 1 when the twin was made}
 
 -- Out of memory nothing may be created, but a consumer that starts then finds its groups and drains.
 local function is_there(group)
@@ -42,21 +42,4 @@ if twin == 1 then
     end
   end
 end
-if live == 0 then return {live, twin, 0} end
-
-local added, length = 0, redis.call('XLEN', KEYS[1])
-local info = redis.call('XINFO', 'STREAM', KEYS[1])
-for i = 1, #info, 2 do
-  if info[i] == 'entries-added' then added = info[i + 1] end
-end
-local ended = 0
-for _, field in ipairs({'delivered', 'duplicate', 'discarded', 'vanished'}) do
-  ended = ended + tonumber(redis.call('HGET', KEYS[2], field) or 0)
-end
-local base = tonumber(redis.call('HGET', KEYS[2], 'base') or '')
--- A counter below what has ended and what is there means another stream under the same name (DEL, roll-back).
-if not base or added - base < ended + length then
-  redis.call('HSET', KEYS[2], 'base', string.format('%.0f', added - length - ended))
-  return {live, twin, 1}
-end
-return {live, twin, 0}
+return {live, twin}
