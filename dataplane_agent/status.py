@@ -16,6 +16,7 @@ from rich.live import Live
 from common import figures, presence
 from common.config import Config
 from common.figures import StreamFigures
+from common.ledger import LOST, VANISHED
 from common.presence import Presence
 from common.redis_border import Scripts
 from common.streams import Stream
@@ -26,7 +27,15 @@ Watch = Annotated[bool, Parameter(negative="", help="Show it again and again, un
 
 WATCH_EVERY = 1.0
 
-STREAM_HEADINGS = ("stream", "backlog", "pending", "dead", "oldest", "delivered", "duplicate", "missing")
+LOSSES = {
+    "missing": "neither in the stream nor in the ledger: trimmed or deleted unread",
+    VANISHED: "trimmed or deleted while they were pending or dead",
+    LOST: "went with the stream, deleted, flushed or forgotten by Redis (an estimate)",
+}
+"""Each kind of loss in the words an operator needs; shown when there is any."""
+
+STREAM_HEADINGS = ("stream", "backlog", "pending", "dead", "oldest", "delivered", "duplicate")
+LOSS_HEADINGS = ("loss", "stream", "entries", "what became of them")
 SERVICE_HEADINGS = (
     "service",
     "status",
@@ -52,9 +61,14 @@ class Snapshot(msgspec.Struct, frozen=True):
         """Entries that left a stream without being counted: 0, or something was lost."""
         return sum(abs(figure.imbalance) for _, figure in self.streams)
 
+    @property
+    def well(self) -> bool:
+        """Whether nothing was lost, in any way that can be seen, since the books began."""
+        return not any(n for _, figure in self.streams for n in losses(figure).values())
+
 
 async def status(*, config: Files = (), json: Json = False, watch: Watch = False) -> int:
-    """Shows streams, services and ledger; exit code 1 when a ledger does not add up."""
+    """Shows streams, services and ledger; exit code 1 when entries were lost, or a ledger does not add up."""
     settings = load(config)
     async with connected(settings) as redis:
         if watch:
@@ -62,7 +76,7 @@ async def status(*, config: Files = (), json: Json = False, watch: Watch = False
         snapshot = await read(redis, settings)
     if not watch:
         printing.json(document(snapshot)) if json else _print(snapshot)
-    return 1 if snapshot.imbalance else 0
+    return 0 if snapshot.well else 1
 
 
 async def read(redis: Redis, settings: Config) -> Snapshot:
@@ -70,6 +84,11 @@ async def read(redis: Redis, settings: Config) -> Snapshot:
     scripts, now = Scripts(redis), time.time()
     found = [(stream, await figures.read(scripts, stream, now)) for stream in streams(settings).values()]
     return Snapshot(now, found, await presence.read(redis, settings.server.id, now))
+
+
+def losses(figure: StreamFigures) -> dict[str, int]:
+    """What was lost of a stream, by kind; 0 for what was not."""
+    return {"missing": figure.imbalance, **{kind: figure.ledger.get(kind, 0) for kind in (VANISHED, LOST)}}
 
 
 def document(snapshot: Snapshot) -> dict[str, Any]:
@@ -89,6 +108,7 @@ def _stream(stream: Stream, figure: StreamFigures) -> dict[str, Any]:
         "oldest_age_seconds": figure.oldest_age_seconds,
         "consumers": figure.consumers,
         "ledger": figure.ledger,
+        "losses": losses(figure),
     }
 
 
@@ -132,7 +152,7 @@ async def _watch(redis: Redis, settings: Config, json: bool) -> None:
 
 def view(snapshot: Snapshot) -> Group:
     """The snapshot as rich draws it."""
-    return Group(*(printing.drawn(headings, rows) for headings, rows in tables(snapshot)))
+    return Group(*(printing.drawn(headings, rows) for headings, rows in tables(snapshot) if rows))
 
 
 def _print(snapshot: Snapshot) -> None:
@@ -143,9 +163,10 @@ def _print(snapshot: Snapshot) -> None:
 
 
 def tables(snapshot: Snapshot) -> list[tuple[tuple[str, ...], list[tuple[object, ...]]]]:
-    """Headings and rows of the three tables: streams, services, consumers."""
+    """Headings and rows of the tables: streams, losses, services, consumers. Without losses there are no rows."""
     return [
         (STREAM_HEADINGS, [_stream_row(stream, figure) for stream, figure in snapshot.streams]),
+        (LOSS_HEADINGS, [row for stream, figure in snapshot.streams for row in _losses(stream, figure)]),
         (SERVICE_HEADINGS, [row for name in SERVICES for row in _service_rows(name, snapshot)]),
         (
             CONSUMER_HEADINGS,
@@ -163,8 +184,11 @@ def _stream_row(stream: Stream, figure: StreamFigures) -> tuple[object, ...]:
         printing.age(figure.oldest_age_seconds),
         figure.ledger.get("delivered", 0),
         figure.ledger.get("duplicate", 0),
-        figure.imbalance,
     )
+
+
+def _losses(stream: Stream, figure: StreamFigures) -> list[tuple[object, ...]]:
+    return [(kind, stream.name, n, LOSSES[kind]) for kind, n in losses(figure).items() if n]
 
 
 def _service_rows(name: str, snapshot: Snapshot) -> list[tuple[object, ...]]:

@@ -87,6 +87,7 @@ def test_status_has_the_shape_that_scripts_rely_on(redis: redis_py.Redis, cli: R
         "dead": {"invalid": 1},
         "consumers": [],
         "ledger": {"base": 0, "delivered": 0},
+        "losses": {"missing": 0, "vanished": 0, "lost": 0},
     }
     assert set(told) == {"streams", "services"}
     assert set(told["services"]) == {"registrar", "usage_forwarder", "session_notifier", "quota_refresher"}
@@ -98,8 +99,21 @@ def test_status_ends_with_1_when_entries_are_missing(redis: redis_py.Redis, cli:
     redis.xdel(USAGE, redis.xadd(USAGE, {"data": "{}"}))
     code, out, _ = cli("status")
     assert code == 1
-    [row] = [line for line in out.splitlines() if line.startswith(USAGE)]
-    assert row.split()[-1] == "1"
+    [row] = [line for line in out.splitlines() if line.startswith("missing")]
+    assert row.split()[1:3] == [USAGE, "1"]
+
+
+@pytest.mark.parametrize("kind", ["vanished", "lost"])
+def test_status_ends_with_1_when_entries_have_been_lost(redis: redis_py.Redis, cli: Run, kind: str) -> None:
+    redis.hset(f"{{{USAGE}}}:ledger", mapping={"base": 0, "discarded": 0, kind: 7})
+    if kind == "vanished":
+        redis.hset(f"{{{USAGE}}}:ledger", "base", -7)
+        redis.xadd(USAGE, {"data": "{}"})
+    code, out, _ = cli("status")
+    assert code == 1
+    [row] = [line for line in out.splitlines() if line.startswith(kind)]
+    assert row.split()[1:3] == [USAGE, "7"]
+    assert json.loads(cli("status", "--json")[1])["streams"][USAGE]["losses"][kind] == 7
 
 
 def test_status_works_on_an_empty_redis(redis_server: RedisServer, cli: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 
 from common.figures import ConsumerFigures, StreamFigures
 from common.presence import Counters, Hold, Presence
@@ -59,6 +60,7 @@ def test_the_document_says_each_thing_once_and_names_every_service() -> None:
             "oldest_age_seconds": 61.5,
             "consumers": [{"name": "usage_forwarder-host-1-abcdef", "pending": 2, "idle_seconds": 0.25}],
             "ledger": {"base": 0, "delivered": 5, "duplicate": 1},
+            "losses": {"missing": 0, "vanished": 0, "lost": 0},
         }
     }
     forwarder = document["services"]["usage_forwarder"]
@@ -70,11 +72,33 @@ def test_the_document_says_each_thing_once_and_names_every_service() -> None:
 
 
 def test_the_tables_tell_it_to_people() -> None:
-    streams, services, consumers = (
+    streams, losses, services, consumers = (
         "\n".join(printing.plain(headings, rows)) for headings, rows in status.tables(SNAPSHOT)
     )
-    for told in ("queue:usage_records", "invalid 3", "1m", "0"):
+    for told in ("queue:usage_records", "invalid 3", "1m"):
         assert told in streams
+    assert len(losses.splitlines()) == 1, "nothing was lost: nothing but headings, which are not printed"
     for told in ("degraded: HTTP 401", "20s ago", "registrar", "missing"):
         assert told in services
     assert "250ms ago" in consumers
+
+
+@pytest.mark.parametrize(
+    ("imbalance", "ledger", "told"),
+    [
+        (0, {}, []),
+        (3, {}, [("missing", 3)]),
+        (-2, {}, [("missing", -2)]),
+        (0, {"vanished": 4}, [("vanished", 4)]),
+        (1, {"vanished": 4, "lost": 5}, [("missing", 1), ("vanished", 4), ("lost", 5)]),
+    ],
+)
+def test_each_kind_of_loss_has_a_row_and_without_any_all_is_well(
+    imbalance: int, ledger: dict[str, int], told: list[tuple[str, int]]
+) -> None:
+    figures = msgspec.structs.replace(FIGURES, imbalance=imbalance, ledger=ledger)
+    snapshot = Snapshot(at=1000.0, streams=[(STREAM, figures)], processes=[])
+    headings, rows = status.tables(snapshot)[1]
+    assert headings[0] == "loss"
+    assert [(row[0], row[2]) for row in rows] == told
+    assert snapshot.well is (not told)
