@@ -173,6 +173,13 @@ async def judge(world: World, drained_seconds: float, undrained: str, broken: It
         for one in commands
         if one["forge"] is not None and any(result["body"]["success"] for result in one["results"])
     ]
+    said = [one for replica in world.replicas for one in replica.went_back()]
+    times = Counter(stream for stream, _ in said)
+    without_cause = [
+        f"{name}: said {times[name]} times, it was {world.removals.went_back[name]}"
+        for name in (stream.name for stream in names)
+        if times[name] > world.removals.went_back[name]
+    ]
     tracebacks = [f"{replica.name}: {n}" for replica in world.replicas if (n := replica.tracebacks())]
     checks = [
         Check("entries lost", wrong("lost")),
@@ -185,6 +192,7 @@ async def judge(world: World, drained_seconds: float, undrained: str, broken: It
         Check("commands with two results", twice),
         Check("forged commands carried out", obeyed),
         Check("ledger imbalance beyond what others deleted", imbalances),
+        Check("streams said to have gone back that have not", without_cause),
         Check("entries not in exactly one view", odd),
         Check("dead letters that are not faulty", _but_of(wrong("unexpected_dead"), world.poisoned)),
         Check("faulty entries delivered", wrong("unexpected_delivered")),
@@ -199,6 +207,7 @@ async def judge(world: World, drained_seconds: float, undrained: str, broken: It
         "sent again and absorbed by the ControlPlane": books.total("duplicates"),
         **{f"dead, {reason}": n for reason, n in sorted(books.dead().items())},
         "taken away by others before delivery": books.total("removed"),
+        "lost with their stream, as the services estimated": sum(lost for _, lost in said),
         "XADDs with a lost reply": books.total("uncertain"),
         "commands": len(commands),
         "commands with a forged token": sum(one["forge"] is not None for one in commands),

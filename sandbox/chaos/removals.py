@@ -41,6 +41,8 @@ class Removals:
         self.stretches: list[Stretch] = []
         self.imbalance: Counter[str] = Counter()
         """By stream: deleted before the agent had read it, since its books began."""
+        self.went_back: Counter[str] = Counter()
+        """By stream: how often it was deleted or rolled back, with or without entries in it."""
         self.memory_gone: list[float] = []
         """When Redis forgot what it knew (Unix): commands and grants from before may come again, or never be read."""
 
@@ -53,6 +55,7 @@ class Removals:
         """The stream as a whole is gone: its books begin anew."""
         self.took(stream, fault, ids)
         self.imbalance[stream] = 0
+        self.went_back[stream] += 1
 
     def all_gone(self) -> None:
         """Everything is gone, with the grants and the memory of commands."""
@@ -61,6 +64,7 @@ class Removals:
     def redis_lost(self, stretches: Sequence[Stretch]) -> None:
         """Redis came back with less than it had confirmed."""
         self.stretches += stretches
+        self.went_back.update(stretch.stream for stretch in stretches)
         self.all_gone()
 
     def of(self, rows: Iterable[Row]) -> set[tuple[str, str]]:

@@ -128,6 +128,14 @@ class Replica:
                     with suppress(msgspec.DecodeError):
                         yield msgspec.json.decode(line)
 
+    def went_back(self) -> list[tuple[str, int]]:
+        """Stream and estimated loss, each time it said that a stream has gone back."""
+        if not self.log.exists():
+            return []
+        lines = self.log.read_bytes().splitlines()
+        said = [line for line in lines if b'"stream.went_back"' in line and line.endswith(b"}")]
+        return [(one["stream"], one["lost"]) for one in map(msgspec.json.decode, said)]
+
     def tracebacks(self) -> int:
         """How many there are in the log, formatted by it or printed past it."""
         if not self.log.exists():

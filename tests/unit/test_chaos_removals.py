@@ -34,3 +34,11 @@ def test_with_a_stream_its_books_are_gone() -> None:
     removals.stream_gone(USAGE, "stream_deleted", ["2-0"])
     assert removals.imbalance[USAGE] == 0
     assert removals.of([]) == {(USAGE, "1-0"), (USAGE, "2-0")}
+
+
+def test_a_stream_went_back_each_time_it_was_deleted_or_rolled_back_even_when_nothing_was_in_it() -> None:
+    removals = Removals()
+    removals.stream_gone(USAGE, "stream_deleted", [])
+    removals.redis_lost([Stretch(USAGE, "1000-1", 2000, "x"), Stretch(QUOTA, "1-0", 2000, "x")])
+    removals.took(QUOTA, "stream_trimmed", ["1-0"], unread=1)
+    assert removals.went_back == {USAGE: 2, QUOTA: 1}
