@@ -57,6 +57,7 @@ def cli(environment: dict[str, str], capsys: pytest.CaptureFixture[str]) -> Run:
 def kill(redis: redis_py.Redis, stream: str = USAGE, reason: str = "invalid", session: str = "s-1") -> str:
     entry_id: bytes = redis.xadd(stream, {"data": json.dumps({"api_session_id": session})})
     group = {USAGE: GROUP, EVENTS: "session_notifier"}[stream]
+    redis.xgroup_setid(stream, group, entry_id)
     redis.xclaim(stream, f"{group}:dead", reason, 0, [entry_id], retrycount=2, force=True, justid=True)
     document = {"reason": reason, "error": "no such customer", "http_status": 422, "attempts": 2}
     redis.hset(f"{{{stream}}}:dead", entry_id, json.dumps(document))

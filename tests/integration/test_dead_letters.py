@@ -34,8 +34,9 @@ async def add(redis: Redis, data: bytes | None = None) -> str:
 async def kill(
     redis: Redis, data: bytes | None = b"{}", reason: str = "invalid", died_at: float = 0.0
 ) -> str:
-    """One more entry, as the bury script leaves it."""
+    """One more entry, as the bury script leaves it: the live group has read it."""
     entry_id = await add(redis, data)
+    await redis.xgroup_setid(STREAM.name, STREAM.group, entry_id)
     await redis.xclaim(
         STREAM.name, STREAM.dead_group, reason, 0, [entry_id], retrycount=4, force=True, justid=True
     )
@@ -106,6 +107,27 @@ async def test_a_redrive_does_not_steal_what_is_being_delivered_or_not_yet_read(
     moved = await dead_letters.redrive(redis, STREAM, [in_flight, unread])
     assert moved.absent == (in_flight, unread)
     assert await state(redis) == before
+
+
+async def test_what_a_live_group_made_again_has_not_come_to_is_redriven_by_being_read_once(
+    redis: Redis,
+) -> None:
+    """Pending before it is read, it would be read all the same: out of the hands of whoever has taken it over."""
+    read, ahead, trimmed = await kill(redis), await kill(redis), await kill(redis)
+    unread = await add(redis)
+    await redis.xdel(STREAM.name, trimmed)
+    await redis.xgroup_setid(STREAM.name, STREAM.group, read)
+    moved = await dead_letters.redrive(redis, STREAM, [read, ahead, trimmed])
+    assert (moved.done, moved.vanished) == ((read, ahead), (trimmed,))
+    assert await state(redis) == {
+        "entries": [read, ahead, unread],
+        "live": [(read, HANDOVER, 1)],
+        "twin": [],
+        "documents": [],
+        "ledger": {"redriven": 2, "vanished": 1},
+    }
+    [[_, rows]] = await redis.xreadgroup(STREAM.group, "somebody", {STREAM.name: ">"})
+    assert [row[0].decode() for row in rows] == [ahead, unread]
 
 
 async def test_many_ids_move_in_one_call_and_an_id_given_twice_moves_once(redis: Redis) -> None:
