@@ -18,6 +18,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile(
     "project", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
+# Many more, and others each time: `--hypothesis-profile=long`.
+settings.register_profile("long", settings.get_profile("project"), derandomize=False, max_examples=400)
 settings.load_profile("project")
 
 
