@@ -46,7 +46,7 @@ from tests.support import SERVERS, RedisServer, connect
 
 T = TypeVar("T")
 
-LIVES, STEPS = 26, 50
+LIVES, STEPS = 22, 50
 """How many lives of how many steps each kind of stream has on each server, unless a profile asks for more."""
 
 VISIBILITY = 1000.0
