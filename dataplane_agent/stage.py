@@ -123,7 +123,9 @@ async def staged(directory: Path, replicas: dict[str, int]) -> AsyncIterator[Sta
     """The stage with everything running and ready; at the end of the block nothing is left of it."""
     async with AsyncExitStack() as stack:
         with _deaf_to_ctrl_c():
-            valkey = stack.enter_context(ValkeyServer(data_dir=directory / "valkey", config=DURABLE))
+            # Left to itself it takes the first free port from 16379 on, as another demo does at the same moment.
+            [port] = _free_ports(1)
+            valkey = stack.enter_context(ValkeyServer(port, data_dir=directory / "valkey", config=DURABLE))
             control_plane = ControlPlaneProcess(db=directory / "ledger.sqlite")
             await stack.enter_async_context(control_plane)
         configuration = directory / "demo.yaml"
