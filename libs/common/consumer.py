@@ -223,11 +223,14 @@ class Consumer:
         taken = 0
         while self._untaken:
             entry = self._untaken.popleft()
-            try:
-                await self.delivery.take(entry)
-            except RedisFault:
-                self._untaken.appendleft(entry)
-                raise
+            if entry.suspect:
+                try:
+                    await self.delivery.take_suspect(entry)
+                except RedisFault:
+                    self._untaken.appendleft(entry)
+                    raise
+            else:
+                self.delivery.take(entry)
             taken += 1
         self.delivery.call(taken)
 

@@ -140,13 +140,16 @@ class Delivery:
             if not slot.cancelled():
                 slot.result()
 
-    async def take(self, entry: Entry) -> None:
-        """Takes on an entry in hand: it is on its way to a slot, dead on arrival, or suspected. Raises RedisFault."""
+    def take(self, entry: Entry) -> None:
+        """Takes on an entry in hand that is no suspect: it is on its way to a slot, or dead on arrival."""
+        if self.hand.holds(entry):  # else lost while others were taken on
+            self._route(entry, self._decode(entry))
+
+    async def take_suspect(self, entry: Entry) -> None:
+        """Takes on a suspect in hand. Raises RedisFault."""
         if not self.hand.holds(entry):
-            return  # lost while others were taken on
-        if not entry.suspect:
-            self._enqueue(entry)
-        elif self._handler.ordered:
+            return
+        if self._handler.ordered:
             await self._enqueue_suspect(entry)
         else:
             self._suspects.append(entry)
@@ -200,9 +203,6 @@ class Delivery:
 
     # -- reading an entry ----------------------------------------------------------------------------
 
-    def _enqueue(self, entry: Entry) -> None:
-        self._route(entry, self._decode(entry))
-
     def _route(self, entry: Entry, dead: Dead | None) -> None:
         if dead is not None:
             self.settlement.died(entry, dead)
@@ -252,7 +252,7 @@ class Delivery:
             fetched.correlation_id,
             fetched.traceparent,
         )
-        self.hand.resize(entry, fetched.size)
+        self.hand.resize(entry, fetched.carried)
         return True
 
     def _decode(self, entry: Entry) -> Dead | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from common import schemas
-from common.control_plane.client import EntryCall
+from common.control_plane.client import Delivering, EntryCall
 from common.entries import Entry
 from common.outcomes import Outcome
 from common.service import Running
@@ -48,7 +48,7 @@ class EntryHandler(ABC):
         return [await self.deliver_one(entry) for entry in entries]
 
     @abstractmethod
-    async def deliver_one(self, entry: Entry) -> Outcome:
+    def deliver_one(self, entry: Entry) -> Delivering:
         """One request, and what became of it; never raises for the network."""
 
     def call(self, entry: Entry) -> EntryCall:

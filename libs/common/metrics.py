@@ -351,10 +351,13 @@ class Buckets:
         self.sum = 0.0
 
     def observe(self, seconds: float) -> None:
-        self.observe_all((seconds,))
+        """Count one; a negative duration (two clocks disagree) counts as none."""
+        self.counts[bisect_left(self.bounds, seconds)] += 1
+        if seconds > 0:
+            self.sum += seconds
 
     def observe_all(self, seconds: Iterable[float]) -> None:
-        """Count a batch; a negative duration (two clocks disagree) counts as none."""
+        """Count a batch."""
         bounds, counts, total = self.bounds, self.counts, 0.0
         for value in seconds:
             counts[bisect_left(bounds, value)] += 1

@@ -85,8 +85,8 @@ class Running:
         self.stop_reason = ""
         self.exit_code = STOPPED
         self.log = logs.get("service")
-        self._second = 0
-        self._to_the_second = ""
+        self._second = self._millisecond = 0
+        self._to_the_second = self._timestamp = ""
         self.sender = Sender(config.server.id, config.server.region, self.version)
         self.metrics = Metrics(
             name, config.server.id, config.server.region, stream_name(name, config), self.version
@@ -116,11 +116,15 @@ class Running:
 
     def timestamp(self) -> str:
         """Now, as the wire has it: RFC 3339, UTC, milliseconds."""
-        second, milliseconds = divmod(time.time_ns() // 1_000_000, 1000)
-        if second != self._second:  # formatting a datetime costs ten times what the rest does
-            self._second = second
-            self._to_the_second = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-        return f"{self._to_the_second}.{milliseconds:03d}+00:00"
+        millisecond = time.time_ns() // 1_000_000
+        if millisecond != self._millisecond:  # under load there are ten records to one
+            self._millisecond = millisecond
+            second, milliseconds = divmod(millisecond, 1000)
+            if second != self._second:  # formatting a datetime costs ten times what the rest does
+                self._second = second
+                self._to_the_second = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+            self._timestamp = f"{self._to_the_second}.{milliseconds:03d}+00:00"
+        return self._timestamp
 
     def stop(self, reason: str, exit_code: int = STOPPED) -> None:
         """Begins the stop; the first reason and the worst exit code are kept."""

@@ -27,7 +27,7 @@ def entry(number: int = 1, data: bytes | int | None = b"1234", deliveries: int =
 )
 def test_a_row_becomes_an_entry(row: Row, want: tuple[object, ...]) -> None:
     made = Entry.of(row, 42.0)
-    assert (made.data, made.size, made.correlation_id, made.traceparent, made.deliveries) == want
+    assert (made.data, made.carried, made.correlation_id, made.traceparent, made.deliveries) == want
     assert (made.id, made.added_at, made.leased_at) == (row[0], 1700000000.123, 42.0)
 
 

@@ -45,29 +45,30 @@ class Breaker:
         self._period = 0
         self._failures = 0  # in a row, while closed
         self._openings = 0  # in a row, without a success between
-        self._open_until: float | None = None  # None: closed
+        self.open_until: float | None = None
+        """When its pause is over; None: it is closed."""
         self._probing = False
 
     @property
     def state(self) -> State:
-        if self._open_until is None:
+        if self.open_until is None:
             return "closed"
-        return "half_open" if self._probing or self._clock() >= self._open_until else "open"
+        return "half_open" if self._probing or self._clock() >= self.open_until else "open"
 
     @property
     def remaining(self) -> float:
         """Seconds until the pause is over; 0 when there is none."""
-        return 0.0 if self._open_until is None else max(0.0, self._open_until - self._clock())
+        return 0.0 if self.open_until is None else max(0.0, self.open_until - self._clock())
 
     def permits(self) -> int:
         """How many requests may start now."""
-        if self._open_until is None:
+        if self.open_until is None:
             return MANY
-        return int(not self._probing and self._clock() >= self._open_until)
+        return int(not self._probing and self._clock() >= self.open_until)
 
     def enter(self) -> int | None:
         """The ticket of a request that starts now, or None: it must not start."""
-        if self._open_until is None:
+        if self.open_until is None:
             return self._period
         if not self.permits():
             return None
@@ -81,7 +82,7 @@ class Breaker:
         self._failures = 0
         if self._probing:
             self._probing = False
-            self._open_until = None
+            self.open_until = None
             self._openings = 0
             self._on_change("closed", "")
 
@@ -100,7 +101,7 @@ class Breaker:
 
     def _open(self, cause: str) -> None:
         longest = min(self._longest_pause, FIRST_PAUSE * 2.0 ** min(self._openings, 10))
-        self._open_until = self._clock() + longest * (LEAST_SHARE + (1 - LEAST_SHARE) * self._random.random())
+        self.open_until = self._clock() + longest * (LEAST_SHARE + (1 - LEAST_SHARE) * self._random.random())
         self._openings += 1
         self._period += 1
         self._failures = 0

@@ -11,7 +11,6 @@ It stops as soon as the gate closes, the process stops, or the ControlPlane asks
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Coroutine
 from random import Random
@@ -29,6 +28,7 @@ from common.control_plane.gate import Gate, Logger, Observer, Ticket, Unobserved
 from common.control_plane.transport import Transport
 from common.control_plane.verdicts import Answer, Judge, Mask, Split, hold_kind
 from common.outcomes import Cause, Dead, Delivered, Outcome, Reason, Retry
+from common.schemas import fits_in_path
 
 MOST_QUICK_RETRIES = 2
 MOST_COMMANDS = 100
@@ -37,9 +37,6 @@ MOST_COMMANDS = 100
 _BREAKER_OPEN = Retry(Cause.HELD, "not sent: the breaker is open")
 _QUICK = (Cause.TRANSIENT, Cause.UNCONFIRMED)
 _JSON = "application/json"
-
-# Contract section 1: none of these characters needs quoting in a path, and no dots climb out of it.
-_is_id = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:~-]{1,128}").fullmatch
 
 
 class Carrier(Protocol):
@@ -142,7 +139,7 @@ class ControlPlaneClient:
         observer: Observer | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        if not _is_id(server_id):
+        if not fits_in_path(server_id):
             raise ValueError(f"server id {server_id!r} cannot stand in a path")
         self.gate = gate
         """How many requests for entries may be in flight, from what became of those before."""
@@ -204,7 +201,7 @@ class ControlPlaneClient:
         self, endpoint: str, session_id: str, verb: str, body: bytes, call: EntryCall, judge: _Judgement
     ) -> Any:
         """The first try and its quick retries; returns what the judge does, a Split only for a batch."""
-        if not _is_id(session_id):
+        if not fits_in_path(session_id):
             return Dead(Reason.INVALID, "api_session_id cannot stand in a path")
         request = _request(endpoint, session_id, verb, body, call, judge)
         retries = self._quick_retries if call.quick_retries else 0
@@ -213,7 +210,16 @@ class ControlPlaneClient:
         while (ticket := self.gate.enter()) is not None:
             if tried is not None:
                 self._observer.retry(endpoint, request.failure)
-            outcome = await self._try(ticket, request)
+            self.requests_total += 1
+            try:
+                answer = await self.transport.send("POST", request.path, request.headers, request.body)
+            except errors.TransportError as error:
+                outcome = self._learn_silence(ticket, request, error)
+            except BaseException:
+                self.gate.abandoned(ticket)
+                raise
+            else:
+                outcome = self._learn(ticket, request, answer)
             if not isinstance(outcome, Retry) or outcome.cause not in _QUICK:
                 return outcome
             tried = outcome
@@ -226,19 +232,8 @@ class ControlPlaneClient:
                 return tried  # the gate closed, or the process stops: parked
         return tried or self._not_sent()
 
-    async def _try(self, ticket: Ticket, request: _Request) -> Outcome | Split:
-        """One request; the gate learns what became of it."""
-        self.requests_total += 1
-        try:
-            answer = await self.transport.send("POST", request.path, request.headers, request.body)
-        except errors.TransportError as error:
-            self._observer.request(request.endpoint, "error", error.seconds)
-            self.last_error = str(error)
-            self._learn_silence(ticket, request, error)
-            return self._judge.no_answer(error)
-        except BaseException:
-            self.gate.abandoned(ticket)
-            raise
+    def _learn(self, ticket: Ticket, request: _Request, answer: Answer) -> Outcome | Split:
+        """What an answer means; the gate learns of it."""
         self._observer.request(request.endpoint, _label(answer.status), answer.seconds)
         outcome = request.judge(self._judge, answer)
         if isinstance(outcome, Delivered):
@@ -247,9 +242,9 @@ class ControlPlaneClient:
             return outcome
         if isinstance(outcome, Retry | Dead):
             self.last_error = outcome.error
-        return self._learn(ticket, request, outcome)
+        return self._learn_no(ticket, request, outcome)
 
-    def _learn(self, ticket: Ticket, request: _Request, outcome: Outcome | Split) -> Outcome | Split:
+    def _learn_no(self, ticket: Ticket, request: _Request, outcome: Outcome | Split) -> Outcome | Split:
         """Tells the gate of an answer that is no success; what it knows of others may change the outcome."""
         match outcome:
             case Retry(cause=Cause.TRANSIENT):
@@ -267,9 +262,12 @@ class ControlPlaneClient:
                 self.gate.decided(ticket)
         return outcome
 
-    def _learn_silence(self, ticket: Ticket, request: _Request, error: errors.TransportError) -> None:
-        """Tells the gate of a request without an answer."""
-        text = str(error)
+    def _learn_silence(
+        self, ticket: Ticket, request: _Request, error: errors.TransportError
+    ) -> Outcome | Split:
+        """What it means that there is no answer; the gate learns of it."""
+        self._observer.request(request.endpoint, "error", error.seconds)
+        self.last_error = text = str(error)
         match error:
             case errors.TlsFailed():
                 self.transport.renew()  # the next client reads CA file and certificate again
@@ -282,6 +280,7 @@ class ControlPlaneClient:
                 self._fail(ticket, request, "timeout", text)
             case _:
                 self._fail(ticket, request, "connection", text)
+        return self._judge.no_answer(error)
 
     def _fail(self, ticket: Ticket, request: _Request, failure: FailureCause, error: str) -> None:
         request.failure = failure

@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from random import Random
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import msgspec
 
@@ -72,7 +72,7 @@ class Hold(msgspec.Struct, frozen=True):
     since: float
 
 
-class Ticket(NamedTuple):
+class Ticket(msgspec.Struct, frozen=True, gc=False):
     """When a request began, in the breaker's periods and in holds."""
 
     period: int
@@ -113,7 +113,7 @@ class Gate:
     @property
     def open(self) -> bool:
         """All is well: the breaker is closed and nothing is on hold."""
-        return self.hold is None and self.breaker.state == "closed"
+        return self.hold is None and self.breaker.open_until is None
 
     @property
     def stopped(self) -> bool:
