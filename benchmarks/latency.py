@@ -20,6 +20,9 @@ from benchmarks.sink import SlowSink
 from benchmarks.statistics import percentile, steady
 
 ANSWERS_AFTER = 0.001
+WARM_UP = 1.0
+"""Seconds of records that come first and are not counted: they pay for the connection, as after every start."""
+
 TICK = 0.005
 """Above 200 records a second several are added at once, every so many seconds."""
 
@@ -66,18 +69,20 @@ def measure(lab: Lab, plan: Plan) -> dict[str, object]:
             lab.clear()
             with lab.service("usage_forwarder", sink.url) as service:
                 service.await_events("service.ready")
-                taken = at_rate(lab, rate, seconds, service)
+                taken, late = at_rate(lab, rate, seconds, service)
             milliseconds = [value * 1000 for value in taken]
             found[name] = {
                 "rate": rate,
                 "p50_ms": percentile(milliseconds, 0.5),
                 "p99_ms": percentile(milliseconds, 0.99),
                 "max_ms": max(milliseconds),
+                "producer_late_p99_ms": percentile(late, 0.99) * 1000,
                 "milliseconds": [round(value, 2) for value in sorted(milliseconds)],
             }
             say(
                 f"  {name:<18} {rate:>6.0f}/s  p50 {percentile(milliseconds, 0.5):.1f} ms,"
                 f" p99 {percentile(milliseconds, 0.99):.1f} ms"
+                f" (the producer itself woke late by p99 {percentile(late, 0.99) * 1000:.1f} ms)"
             )
     return found
 
@@ -90,15 +95,22 @@ def _capacity(lab: Lab, sink: SlowSink, records: int) -> float:
     return steady(sink.receiver.arrivals).rate
 
 
-def at_rate(lab: Lab, rate: float, seconds: float, service: Process) -> list[float]:
-    """Seconds each record took while they came evenly; raises unless every one was settled."""
+def at_rate(lab: Lab, rate: float, seconds: float, service: Process) -> tuple[list[float], list[float]]:
+    """Seconds each record took while they came evenly, and by which the producer woke late before each.
+
+    Who shares the machine delays both alike: a long time beside a late producer says nothing about the service.
+    Raises unless every record was settled.
+    """
     each = max(1, round(rate * TICK))
     interval = each / rate
+    warming = int(WARM_UP / interval)
     added: dict[bytes, float] = {}
+    late: list[float] = []
     with Deletions(lab.redis_port) as deletions:
         begun = time.monotonic()
-        for number in range(int(seconds / interval)):
+        for number in range(warming + int(seconds / interval)):
             time.sleep(max(0.0, begun + number * interval - time.monotonic()))
+            late.append(time.monotonic() - begun - number * interval)
             pipe = lab.redis.pipeline(transaction=False)
             for n in range(each):
                 pipe.xadd(load.USAGE, {"data": load.record(number * each + n)})
@@ -111,4 +123,5 @@ def at_rate(lab: Lab, rate: float, seconds: float, service: Process) -> list[flo
         while len(deletions.at) < len(added) and time.monotonic() < deadline:
             time.sleep(0.01)
     # An entry can be gone before its XADD, one of several, has returned: that is no time at all.
-    return [max(0.0, deletions.at[entry_id] - moment) for entry_id, moment in added.items()]
+    taken = [max(0.0, deletions.at[entry_id] - moment) for entry_id, moment in added.items()]
+    return taken[warming * each :], late[warming:]
