@@ -35,6 +35,8 @@ TOO_DEEP = f"data: expected at most {MAX_LEVELS} levels of nesting"
 MAX_FAULT_CHARACTERS = 200
 """A fault is one line of at most this length: it ends up in logs and in the dead-letter view."""
 
+MAX_ID_CHARACTERS = 128
+
 SPEECH_TRANSCRIPTION = "speech_transcription"
 
 ABSENT = Raw(b"null")
@@ -177,9 +179,14 @@ def command(data: bytes | None) -> Command:
 # Ids: who is who, at every redelivery, in every release.
 
 
-@lru_cache(1024)
 def fits_in_path(text: str) -> bool:
-    """Whether it may stand in a path. Remembered, since a session comes with many records: a quarter of the cost."""
+    """Whether it is an id, so that it needs no quoting in a path and climbs out of none."""
+    return len(text) <= MAX_ID_CHARACTERS and _is_known_id(text)
+
+
+@lru_cache(1024)
+def _is_known_id(text: str) -> bool:
+    """Remembered, since a session comes with many records: a quarter of the cost. Asked for short texts alone."""
     return _ID(text) is not None
 
 

@@ -542,3 +542,26 @@ def test_a_well_formed_traceparent_is_kept(raw: bytes) -> None:
 )
 def test_any_other_traceparent_is_none(raw: bytes | None) -> None:
     assert schemas.traceparent(raw) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [("s", True), ("a.b:c~d-e_F9", True), ("x" * 128, True), ("x" * 129, False)]
+    + [(text, False) for text in ("", ".", "..", "a/b", "a b", "a\n", "é", "a?b", "%2e")],
+)
+def test_only_an_id_fits_in_a_path_however_often_it_is_asked(text: str, fits: bool) -> None:
+    assert [schemas.fits_in_path(text) for _ in range(2)] == [fits, fits]
+
+
+def test_what_is_remembered_of_ids_is_bounded() -> None:
+    for length in range(1, 5000):
+        schemas.fits_in_path("x" * length)
+    remembered = schemas._is_known_id.cache_info()
+    assert (remembered.maxsize, remembered.currsize <= 1024) == (1024, True)
+
+
+@pytest.mark.parametrize("ending", ["[" * 40 + "]" * 40, '{"a":' * 40 + "1" + "}" * 40])
+def test_what_is_too_deep_is_seen_in_an_unknown_field_too(ending: str) -> None:
+    data = data_of("usage_record")[:-1] + b',"more":' + ending.encode() + b"}"
+    with pytest.raises(schemas.Invalid, match="levels of nesting"):
+        schemas.usage_record(data)
