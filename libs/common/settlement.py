@@ -256,14 +256,16 @@ class Settlement:
         gone: list[Entry] = []
         for batch in _batches(entries):
             async with self._renewing:  # one at a time, so that a count never overwrites a younger one
+                # What was lost while this waited may be ours anew, with another count.
+                held = [entry for entry in batch if self.hand.holds(entry)]
                 args: list[str | bytes | int] = [self.stream.group, self.consumer]
-                for entry in batch:
+                for entry in held:
                     args += (entry.id, entry.deliveries)
                 keys = [self.stream.name, self.stream.ledger_key]
-                lost, vanished = await self.scripts.run("renew", keys, args)
+                lost, vanished = await self.scripts.run("renew", keys, args) if held else ((), ())
             self.vanished(vanished)
-            missing = {*lost, *vanished}
-            gone += (entry for entry in batch if entry.id in missing)
+            kept = {entry.id for entry in held}.difference(lost, vanished)
+            gone += (entry for entry in batch if entry.id not in kept)
         return gone
 
     async def hand_over(self, entries: list[Entry]) -> int:

@@ -25,10 +25,10 @@ class Held:
         self.counts = Counts()
         self.lost: list[Entry] = []
         self.scripts = LosesReplies(redis)
-        settlement = Settlement(
+        self.settlement = Settlement(
             self.scripts, STREAM, "me", "service", self.hand, self.counts, turn_lost=lambda: None
         )
-        self.lease = Lease(self.hand, settlement, VISIBILITY, self._lose, lambda: self.now)
+        self.lease = Lease(self.hand, self.settlement, VISIBILITY, self._lose, lambda: self.now)
         self.entries = [Entry(entry_id.encode(), b"x", "", None, 1, self.now) for entry_id in ids]
         for entry in self.entries:
             self.hand.take(entry)
@@ -93,6 +93,21 @@ async def test_a_count_that_changes_during_a_renewal_is_written_with_the_next(
         redis_server.resume()
     await renewing
     assert entry.leased_at == float("-inf")
+
+
+async def test_a_renewal_that_waited_writes_nothing_for_what_was_lost_and_taken_over_anew(
+    redis: Redis,
+) -> None:
+    await lay(redis, live={"1-0": ("me", 2)})  # as from a crash: this process was paused for too long
+    held = Held(redis, "1-0")
+    (old,) = held.entries
+    async with held.settlement._renewing:  # another renewal, which finds it lost
+        waiting = asyncio.create_task(held.settlement.renew([old]))
+        await asyncio.sleep(0)
+        held.hand.drop([old])
+        held.hand.take(Entry(b"1-0", b"x", "", None, 2, held.now))
+    assert await waiting == [old]
+    assert (await state(redis)).live == {"1-0": ("me", 2)}
 
 
 async def test_what_comes_and_goes_faster_costs_nothing(redis: Redis) -> None:
