@@ -85,6 +85,7 @@ class Metrics:
         now: Callable[[], float] = time.time,
     ) -> None:
         self._now = now
+        self._carries_usage = service == "usage_forwarder"
         self.registry = CollectorRegistry()
         mine = {"server_id": server_id, "region": region}
         on_stream = mine | {"queue_name": queue_name or ""}
@@ -233,7 +234,8 @@ class Metrics:
         """Count a settled batch, with the time each entry took from its XADD."""
         self.delivered.inc(delivered)
         self.duplicate.inc(duplicate)
-        self.usage_processed.inc(delivered + duplicate)
+        if self._carries_usage:  # the heartbeat adds this up over all four services
+            self.usage_processed.inc(delivered + duplicate)
         self.observe_deliveries(seconds)
         if delivered or duplicate:
             self.last_success.set(self._now())

@@ -283,6 +283,13 @@ def test_totals_are_what_the_heartbeat_sums(metrics: Metrics) -> None:
     }
 
 
+@pytest.mark.parametrize("service", ["session_notifier", "quota_refresher", "registrar"])
+def test_what_other_services_settle_is_no_usage_record(service: str) -> None:
+    metrics = of(service)
+    metrics.settled(5, 1, [])
+    assert metrics.totals()["usage_records_processed"] == 0
+
+
 def test_the_histogram_counts_as_the_librarys_own_does(metrics: Metrics) -> None:
     reference = Reference("reference_seconds", "x", buckets=DELIVERY_BOUNDS, registry=CollectorRegistry())
     observed = [0.0, 1e-9, *DELIVERY_BOUNDS, *(bound + 1e-6 for bound in DELIVERY_BOUNDS), 1e9]
