@@ -136,6 +136,18 @@ def test_a_hold_logs_two_lines_the_second_with_the_first_verdict_after_it(stage:
     assert stage.log.lines[1:] == [("control_plane.resumed", {"kind": "auth", "held_seconds": 150.0})]
 
 
+def test_a_hold_of_another_kind_before_the_first_verdict_is_said_too(stage: Stage) -> None:
+    stage.refuse()
+    stage.gate.lift()
+    stage.gate.refused(stage.enter(), "configuration", "answered 302 to http://elsewhere")
+    assert stage.log.events == ["held", "held"]
+    assert stage.log.lines[-1][1] == {"kind": "configuration", "detail": "answered 302 to http://elsewhere"}
+    stage.gate.lift()
+    stage.deliver()
+    assert stage.log.events == ["held", "held", "resumed"]
+    assert stage.log.lines[-1][1]["kind"] == "configuration"
+
+
 def test_a_passed_probe_lifts_the_hold(stage: Stage) -> None:
     stage.refuse()
     stage.gate.lift()

@@ -14,7 +14,8 @@ The streak of sessions not found outlives its hold, until a delivery ends it:
 a probe that passes shows that the ControlPlane is there, not that it knows sessions.
 
 An outage logs two lines: `control_plane.unreachable` and `control_plane.recovered`.
-So does a hold: `control_plane.held`, and `control_plane.resumed` with the first verdict on an entry after it.
+So does a hold: `control_plane.held`, and `control_plane.resumed` with the first verdict on an entry after it;
+a hold of the other kind before that is said, too.
 """
 
 from __future__ import annotations
@@ -240,7 +241,7 @@ class Gate:
         now = self._clock()
         self._holds += 1
         self.hold = Hold(kind, detail, now)
-        if self._held_since is None:
+        if self._held_since is None or self._held_since[0] != kind:
             self._held_since = (kind, now)
             self._log.warning("control_plane.held", kind=kind, detail=detail)
         self._connected(False)
