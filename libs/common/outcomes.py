@@ -41,12 +41,16 @@ class Delivered(msgspec.Struct, frozen=True, gc=False):
 
 
 class Retry(msgspec.Struct, frozen=True, gc=False):
-    """Not delivered yet. `after`: seconds the ControlPlane asked for (Retry-After), if it did."""
+    """Not delivered yet. `after`: seconds the ControlPlane asked for (Retry-After), if it did.
+
+    `response_excerpt`: of an answer that may come to be the last one.
+    """
 
     cause: Cause
     error: str
     http_status: int | None = None
     after: float | None = None
+    response_excerpt: str | None = None
 
 
 class Dead(msgspec.Struct, frozen=True, gc=False):

@@ -26,7 +26,8 @@ def decide(entry: Entry, retry: Retry, now: float, hold_seconds: float, random: 
         entry.not_found_since = now
     left = entry.not_found_since + hold_seconds - now
     if left <= 0:
-        return Dead(Reason.REJECTED, f"{retry.error}, for {hold_seconds:g} s", retry.http_status)
+        error = f"{retry.error}, for {hold_seconds:g} s"
+        return Dead(Reason.REJECTED, error, retry.http_status, retry.response_excerpt)
     return min(delay, left)
 
 

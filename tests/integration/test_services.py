@@ -382,6 +382,7 @@ async def test_a_session_that_is_not_found_is_waited_for_and_dies_only_after_the
     documents = [await site.death(call, entry, "rejected") for entry in dying]
     assert time.monotonic() - begun >= NOT_FOUND_HOLD
     assert [document["http_status"] for document in documents] == [404, 410]
+    assert all(document["response_excerpt"] for document in documents)
     after = await site.outcomes(call.service)
     assert (after["dead"] - before["dead"], after["delivered"] - before["delivered"]) == (2, 1)
 

@@ -41,13 +41,13 @@ def test_what_the_control_plane_asked_for_is_granted(cause: Cause) -> None:
 
 def test_what_is_not_found_is_held_from_its_first_such_answer_and_then_dead() -> None:
     held = entry()
-    retry = Retry(Cause.NOT_FOUND, "HTTP 404", 404)
+    retry = Retry(Cause.NOT_FOUND, "HTTP 404", 404, response_excerpt="no such session")
     first = decide(held, retry, 1000.0, HOLD, Random(1))
     assert isinstance(first, float)
     assert held.not_found_since == 1000.0
     assert isinstance(decide(held, retry, 1000.0 + HOLD - 0.1, HOLD, Random(1)), float)
     assert decide(held, retry, 1000.0 + HOLD, HOLD, Random(1)) == Dead(
-        Reason.REJECTED, "HTTP 404, for 300 s", 404
+        Reason.REJECTED, "HTTP 404, for 300 s", 404, "no such session"
     )
 
 

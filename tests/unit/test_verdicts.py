@@ -296,6 +296,14 @@ def test_a_secret_cut_in_two_by_the_window_is_not_kept_either() -> None:
         assert "KK" not in mask.excerpt(body)
 
 
+@pytest.mark.parametrize("status", [403, 404, 410])
+def test_an_answer_that_may_be_the_last_one_keeps_an_excerpt_for_the_dead_letter(status: int) -> None:
+    outcome = JUDGE.delivery(Answer(status, f"no session, {KEY}".encode()))
+    assert isinstance(outcome, Retry)
+    assert outcome.response_excerpt == "no session, ***"
+    assert JUDGE.delivery(Answer(status)) == Retry(outcome.cause, f"answered {status}", status)
+
+
 def test_an_excerpt_is_short_and_printable() -> None:
     dead = JUDGE.delivery(Answer(400, b"a\x00\x1b[31m\r\nb \xe2\x80\xae\xff" + b"c" * 100_000))
     assert isinstance(dead, Dead)

@@ -289,7 +289,8 @@ class ControlPlaneClient:
     def _not_found(self, ticket: Ticket, request: _Request, outcome: Retry) -> Retry:
         status = outcome.http_status or 404
         held = self.gate.not_found(ticket, request.session_id, status)
-        return Retry(Cause.HELD if held else Cause.NOT_FOUND, outcome.error, status)
+        cause = Cause.HELD if held else Cause.NOT_FOUND
+        return Retry(cause, outcome.error, status, response_excerpt=outcome.response_excerpt)
 
     def _not_sent(self) -> Retry:
         hold = self.gate.hold

@@ -222,7 +222,10 @@ class Judge:
         return Retry(Cause.UNCONFIRMED, f"{lack}: {self._brief(answer)}", answer.status)
 
     def _retry(self, cause: Cause, answer: Answer) -> Retry:
-        return Retry(cause, self._brief(answer), answer.status, self._retry_after(answer))
+        # What is not found, or forbidden to one entry alone, may be dead after the hold, of this very answer.
+        final = answer.status in (403, 404, 410)
+        excerpt = self._mask.excerpt(answer.body) or None if final else None
+        return Retry(cause, self._brief(answer), answer.status, self._retry_after(answer), excerpt)
 
     def _dead(self, reason: Reason, answer: Answer, remark: str = "") -> Dead:
         error = f"answered {answer.status}{remark}"
