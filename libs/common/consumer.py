@@ -252,10 +252,22 @@ class Consumer:
             [stream.group, stream.dead_group, GREATEST_ID],
         )
         anew = await self.sentinel.look()
-        self._groups_made = True
         if live or twin:
             made = {"live": bool(live), "twin": bool(twin), "books_begun_anew": anew}
             self._log.warning("groups.made", stream=stream.name, **made)
+        if self.ready_at is None:
+            await self._look_for_foreign_groups()
+        self._groups_made = True
+
+    async def _look_for_foreign_groups(self) -> None:
+        """Warns of groups that are not ours: what is settled is deleted, read by them or not."""
+        stream = self.stream
+        with border():
+            groups = await self._scripts.redis.xinfo_groups(stream.name)
+        foreign = {group["name"].decode(errors="replace") for group in groups}
+        foreign -= {stream.group, stream.dead_group}
+        if foreign:
+            self._log.warning("groups.foreign", stream=stream.name, groups=sorted(foreign))
 
     async def _take_turn(self, turn: Turn) -> None:
         """Waits for the turn; a new holder first takes all that is pending, in order, before it reads."""

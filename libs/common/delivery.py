@@ -267,7 +267,9 @@ class Delivery:
             return Dead(Reason.INVALID, str(invalid))
         except Exception as error:
             # A decoder that stumbles must not stop the stream: this entry is unreadable.
-            self._log.exception("entry.unreadable", id=entry.id.decode())
+            self._log.exception(
+                "entry.unreadable", id=entry.id.decode(), correlation_id=entry.correlation_id or None
+            )
             return Dead(Reason.INVALID, f"cannot be read: {type(error).__name__}")
         if not entry.correlation_id:
             entry.correlation_id = entry.transaction_id
@@ -444,7 +446,12 @@ class Delivery:
             return
         self._tally.retried_entries(retry.cause)
         self._log.debug(
-            "entry.parked", id=entry.id.decode(), cause=retry.cause.value, error=retry.error, seconds=decision
+            "entry.parked",
+            id=entry.id.decode(),
+            cause=retry.cause.value,
+            error=retry.error,
+            seconds=decision,
+            correlation_id=entry.correlation_id,
         )
         self._park(entry, decision)
 

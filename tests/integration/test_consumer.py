@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
-from common import consumer, dead_letters
+from common import consumer, dead_letters, logs
+from common.config import Monitoring
 from common.entries import Entry
 from common.outcomes import DUPLICATE, Cause, Dead, Reason, Retry
 from common.streams import HANDOVER, MAX_ENTRY_BYTES
@@ -37,6 +41,19 @@ LATER = Retry(Cause.TRANSIENT, "not now", after=3600.0)
 
 async def in_group(redis: Redis) -> int:
     return len((await state(redis)).live or {})
+
+
+@pytest.fixture
+def log() -> Callable[[str], list[dict[str, Any]]]:
+    """The lines of one event, from here on."""
+    written = io.StringIO()
+    logs.setup("test", Monitoring(log_level="DEBUG"), "server-1", stream=written)
+
+    def lines(event: str) -> list[dict[str, Any]]:
+        read = (json.loads(line) for line in written.getvalue().splitlines())
+        return [line for line in read if line["event"] == event]
+
+    return lines
 
 
 # -- an entry's way ----------------------------------------------------------------------------------
@@ -813,3 +830,40 @@ async def test_an_idle_consumer_stops_at_once(redis: Redis, redis_server: RedisS
         await me.stop()
         assert time.monotonic() - began < 0.5
     assert await consumers(redis) == set()
+
+
+# -- what is said ------------------------------------------------------------------------------------
+
+
+async def test_every_line_about_one_entry_names_its_correlation_id(
+    redis: Redis, redis_server: RedisServer, log: Callable[[str], list[dict[str, Any]]]
+) -> None:
+    class Stumbles(Told):
+        def decode(self, entry: Entry) -> str:
+            if entry.data == b"stumble":
+                raise RuntimeError
+            return super().decode(entry)
+
+    handler = Stumbles()
+    handler.answers = {"late": [SOON], "no": [Dead(Reason.REJECTED, "no", 422, "why")]}
+    for data in ("late", "no", "stumble"):
+        await redis.xadd(STREAM.name, {"data": data, "correlation_id": f"corr-{data}"})
+    async with consuming(redis_server.port, handler) as me:
+        await settled(redis, 1)
+        await eventually(lambda: me.tally.dead.total() == 2)
+    assert [line["correlation_id"] for line in log("entry.parked")] == ["corr-late"]
+    assert [line["correlation_id"] for line in log("entry.unreadable")] == ["corr-stumble"]
+    assert {line["correlation_id"] for line in log("entry.dead")} == {"corr-no", "corr-stumble"}
+
+
+async def test_a_group_that_is_not_ours_is_a_warning_at_the_start(
+    redis: Redis, redis_server: RedisServer, log: Callable[[str], list[dict[str, Any]]]
+) -> None:
+    async with consuming(redis_server.port, Told(), name="first") as first:
+        await eventually(lambda: first.consumer.ready_at is not None)
+    assert not log("groups.foreign")
+    await redis.xgroup_create(STREAM.name, "reads-along", "0")
+    async with consuming(redis_server.port, Told(), name="second"):
+        await eventually(lambda: log("groups.foreign"))
+    (line,) = log("groups.foreign")
+    assert (line["level"], line["stream"], line["groups"]) == ("warning", STREAM.name, ["reads-along"])
