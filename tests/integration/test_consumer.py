@@ -518,10 +518,20 @@ async def test_what_has_killed_often_enough_dies_of_it_without_another_delivery(
     assert handler.delivered_ids == ["2-0"]
     assert await state(redis) == State(
         entries=["1-0"],
-        dead={"1-0": ("poison", 1)},
+        dead={"1-0": ("poison", 5)},
         documents=["1-0"],
         ledger={"dead:poison": 1, "delivered": 1},
     )
+
+
+async def test_a_poisonous_entrys_attempts_are_the_deaths_that_it_caused(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    await lay(redis, live=suspected(3 + 5))
+    async with consuming(redis_server.port, Told()) as me:
+        await eventually(lambda: me.tally.dead[Reason.POISON])
+    (letter,) = [letter async for letter in dead_letters.find(redis, STREAM)]
+    assert (letter.reason, letter.attempts) == ("poison", 5)
 
 
 async def test_one_death_below_the_limit_it_is_delivered_once_more(

@@ -205,7 +205,7 @@ async def test_a_poisonous_entry_dies_and_its_session_goes_on(
         await settled(redis, 1, ORDERED)
         await dead(redis, 1)
     assert handler.delivered_ids == ["2-0"]
-    assert (await state(redis, ORDERED)).dead == {"1-0": ("poison", 1)}
+    assert (await state(redis, ORDERED)).dead == {"1-0": ("poison", 5)}
 
 
 async def test_a_suspect_whose_reading_failed_is_read_again(redis: Redis, redis_server: RedisServer) -> None:
