@@ -96,6 +96,7 @@ class Consumer:
             self.hand,
             visibility_timeout=limits.visibility_timeout,
             claim_interval=limits.claim_interval,
+            dead_retention=limits.dead_retention,
             token=token,
             clock=clock,
         )

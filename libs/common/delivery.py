@@ -75,6 +75,7 @@ class Limits(msgspec.Struct, frozen=True):
     max_deliveries: int
     not_found_hold: float
     doorbell: float = DOORBELL
+    dead_retention: float | None = None
 
     @property
     def capacity(self) -> int:

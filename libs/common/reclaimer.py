@@ -2,7 +2,8 @@
 
 Entries of dead consumers by XAUTOCLAIM, page by page, when there is room for them; entries handed over by stopped
 processes or by redrive, looked for every 2 s; entries of this process that a failed read delivered to nobody.
-What vanished while pending is counted and said. The janitor removes names of dead consumers and clears ghosts.
+What vanished while pending is counted and said. The janitor removes names of dead consumers, clears ghosts, and
+discards dead letters that are older than they are kept.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import cast
 
 import msgspec
 
+from common import dead_letters
 from common.entries import Hand, Row
 from common.logs import get
 from common.redis_border import RedisFault, Scripts, border
@@ -37,6 +39,7 @@ class Swept(msgspec.Struct, frozen=True):
 
     consumers: int
     ghosts: int
+    discarded: int = 0
 
 
 class Reclaimer:
@@ -51,15 +54,18 @@ class Reclaimer:
         *,
         visibility_timeout: float,
         claim_interval: float,
+        dead_retention: float | None = None,
         token: str | None,
         clock: Callable[[], float],
     ) -> None:
+        """`dead_retention`: seconds after which a dead letter is discarded; None: an operator decides."""
         self._scripts = scripts
         self._stream = stream
         self._settlement = settlement
         self._hand = hand
         self._idle_ms = int(visibility_timeout * 1000)
         self._claim_every = claim_interval
+        self._dead_retention = dead_retention
         self._look_every = min(LOOK_EVERY, claim_interval)
         self._turn = [stream.turn_key] if token else []
         self.token = token or ""
@@ -158,7 +164,7 @@ class Reclaimer:
                 await asyncio.sleep(on_fault(fault))
 
     async def sweep(self) -> Swept:
-        """One round: dead consumers' names and ghosts. Raises RedisFault."""
+        """One round: dead consumers' names, ghosts, dead letters kept long enough. Raises RedisFault."""
         stream = self._stream
         stays = [HANDOVER, self._settlement.consumer]
         removed = await self._scripts.run(
@@ -176,4 +182,20 @@ class Reclaimer:
             )
             ghosts += len(ids)
             self._settlement.vanished(ids)
-        return Swept(len(removed), ghosts)
+        return Swept(len(removed), ghosts, await self._discard_old())
+
+    async def _discard_old(self) -> int:
+        """Discards what has been in the dead-letter view for too long; a page a step, so that nobody waits long."""
+        if self._dead_retention is None:
+            return 0
+        stream, redis, idle = self._stream, self._scripts.redis, int(self._dead_retention * 1000)
+        discarded = 0
+        while True:
+            with border():
+                page = await redis.xpending_range(stream.name, stream.dead_group, "-", "+", PAGE, idle=idle)
+            ids = [cast(bytes, row["message_id"]).decode() for row in page]
+            moved = await dead_letters.discard(redis, stream, ids)
+            discarded += len(moved.done)
+            self._settlement.vanished(entry_id.encode() for entry_id in moved.vanished)
+            if len(page) < PAGE:
+                return discarded

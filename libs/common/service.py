@@ -293,6 +293,7 @@ def _consumer(running: Running, service: Service) -> Consumer:
         max_deliveries=streams.max_deliveries,
         not_found_hold=control_plane.not_found_hold_seconds,
         doorbell=min(2.0, running.config.redis.socket_timeout / 2),
+        dead_retention=None if streams.dead_retention_days is None else streams.dead_retention_days * 86400,
     )
     return Consumer(
         running.consumer_name,

@@ -18,7 +18,7 @@ VISIBILITY, EVERY = 20.0, 5.0
 class Found:
     """A reclaimer on a clock of its own."""
 
-    def __init__(self, redis: Redis, token: str | None = None) -> None:
+    def __init__(self, redis: Redis, token: str | None = None, dead_retention: float | None = None) -> None:
         self.now = 100.0
         self.hand = Hand()
         self.counts = Counts()
@@ -33,6 +33,7 @@ class Found:
             self.hand,
             visibility_timeout=VISIBILITY,
             claim_interval=EVERY,
+            dead_retention=dead_retention,
             token=token,
             clock=lambda: self.now,
         )
@@ -144,6 +145,29 @@ async def test_a_sweep_removes_ghosts_and_the_names_of_the_dead(
     )
     assert found.counts.vanished == len(ghosts)
     assert await imbalance(redis) == 0
+
+
+async def test_a_sweep_discards_dead_letters_when_they_have_been_kept_for_so_long(redis: Redis) -> None:
+    old = {f"{n}-0": ("rejected", 1) for n in range(1, 251)}
+    await lay(redis, dead=old, live={"999-0": ("at work", 1)}, deleted=["7-0"])
+    await redis.xclaim(STREAM.name, STREAM.dead_group, "rejected", 0, ["8-0"], justid=True)  # died just now
+    found = Found(redis, dead_retention=60.0)
+    assert await found.reclaimer.sweep() == Swept(consumers=0, ghosts=1, discarded=248)
+    assert await found.reclaimer.sweep() == Swept(consumers=0, ghosts=0, discarded=0)
+    assert await state(redis) == State(
+        entries=["8-0", "999-0"],
+        live={"999-0": ("at work", 1)},
+        dead={"8-0": ("rejected", 1)},
+        documents=["8-0"],
+        ledger={"discarded": 248, "vanished": 1},
+    )
+    assert await imbalance(redis) == 0
+
+
+async def test_without_a_retention_dead_letters_wait_for_an_operator(redis: Redis) -> None:
+    await lay(redis, dead={"1-0": ("rejected", 1)})
+    assert await Found(redis).reclaimer.sweep() == Swept(consumers=0, ghosts=0, discarded=0)
+    assert (await state(redis)).dead == {"1-0": ("rejected", 1)}
 
 
 async def test_a_sweep_leaves_alone_who_was_heard_of_lately(redis: Redis) -> None:
