@@ -28,7 +28,8 @@ class UsageForwarder(EntryHandler):
         super().__init__(running, running.config.streams.usage_records, schemas.usage_record)
         self.batch = running.config.control_plane.usage_batch_size
         self._metrics = running.metrics
-        self._mean_audio = 0.0
+        self._seen = 0
+        self._mean_audio = 0.0  # begin at nothing, which weighs less with every record seen
         self._mean_credits = 0.0
 
     def decode(self, entry: Entry) -> str:
@@ -36,6 +37,7 @@ class UsageForwarder(EntryHandler):
         record: schemas.UsageRecord = entry.message
         entry.figures = record.figures()
         audio, connection = record.audio_duration_seconds, record.connection_duration_seconds
+        self._seen += 1
         self._mean_audio += RECENT * (audio - self._mean_audio)
         self._mean_credits += RECENT * (-(-max(audio, connection) // CREDIT_SECONDS) - self._mean_credits)
         return lane
@@ -87,5 +89,6 @@ class UsageForwarder(EntryHandler):
 
     def estimate(self, figures: StreamFigures) -> None:
         """Tells the metrics what the undelivered records are probably worth."""
-        undelivered = figures.backlog + figures.pending
+        seen_share = 1 - (1 - RECENT) ** self._seen
+        undelivered = (figures.backlog + figures.pending) / (seen_share or 1)
         self._metrics.undelivered(undelivered * self._mean_audio, undelivered * self._mean_credits)
