@@ -11,12 +11,12 @@ CHECKS = ("--check-config", "--validate-config")
 
 def main() -> int:
     """The console script `dataplane`: the command line as it was typed."""
-    return call(_checked(sys.argv[1:]))
+    return call(_files_behind(_checked(sys.argv[1:])))
 
 
 def module() -> int:
     """`python -m dataplane_agent`: what names no command is for `run`."""
-    tokens = _checked(sys.argv[1:])
+    tokens = _files_behind(_checked(sys.argv[1:]))
     if not tokens or tokens[0] not in COMMANDS:
         tokens = ["run", *tokens]
     return call(tokens)
@@ -28,6 +28,16 @@ def _checked(tokens: list[str]) -> list[str]:
         return tokens
     rest = [token for token in tokens if token not in CHECKS]
     return ["config", "check", *(rest[1:] if rest[:1] == ["run"] else rest)]
+
+
+def _files_behind(tokens: list[str]) -> list[str]:
+    """`--config` may stand before the command as well as behind it, where the command line wants it."""
+    n = 0
+    while n < len(tokens) and (tokens[n] == "--config" or tokens[n].startswith("--config=")):
+        n += 2 if tokens[n] == "--config" else 1
+    files, rest = tokens[:n], tokens[n:]
+    words = next((i for i, token in enumerate(rest) if token.startswith("-")), len(rest))
+    return [*rest[:words], *files, *rest[words:]]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ KEY = {"DATAPLANE_CONTROL_PLANE__API_KEY": "very-secret"}
         (["--check-config"], ["config", "check"]),
         (["--validate-config", "--config", "a.yaml"], ["config", "check", "--config", "a.yaml"]),
         (["run", "--config", "a.yaml", "--check-config"], ["config", "check", "--config", "a.yaml"]),
+        (["--config", "a.yaml", "status"], ["status", "--config", "a.yaml"]),
+        (["--config", "a.yaml", "usage_forwarder"], ["run", "usage_forwarder", "--config", "a.yaml"]),
     ],
 )
 def test_the_module_runs_what_names_no_command(
@@ -35,6 +37,28 @@ def test_the_module_runs_what_names_no_command(
     monkeypatch.setattr(sys, "argv", ["dataplane", *typed])
     monkeypatch.setattr(entry, "call", lambda tokens: called.append(tokens) or 0)
     assert entry.module() == 0
+    assert called == [meant]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (
+            ["--config", "a.yaml", "--config=b.yaml", "dead", "list", "--config", "c.yaml", "--json"],
+            ["dead", "list", "--config", "a.yaml", "--config=b.yaml", "--config", "c.yaml", "--json"],
+        ),
+        (["--config", "a.yaml", "dead", "show", "1-0"], ["dead", "show", "1-0", "--config", "a.yaml"]),
+        (["--config"], ["--config"]),
+        (["status"], ["status"]),
+    ],
+)
+def test_a_file_before_the_command_counts_as_one_behind_it_and_comes_first(
+    typed: list[str], meant: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", ["dataplane", *typed])
+    monkeypatch.setattr(entry, "call", lambda tokens: called.append(tokens) or 0)
+    assert entry.main() == 0
     assert called == [meant]
 
 
