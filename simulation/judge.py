@@ -38,6 +38,9 @@ DIES_OF = {
     "conflict": "conflict",
 }
 
+UNREADABLE = ("garbled", "empty")
+"""What nobody can read belongs to no session that anybody could know of."""
+
 Pending = dict[StreamEntryKey, PelEntry]
 
 
@@ -121,12 +124,16 @@ class Judge:
         """What was done to these is nobody's fault here."""
         live, twin = self._pending()
         stream = self._server.stream(self._stream.name)
+        documents = set(
+            self._server.execute("HKEYS", self._stream.dead_key)
+        )  # dead, too, while there is no twin
         for entry_id in ids:
             item = self.items.get(entry_id)
             if item is None:
                 continue
             key = _key(entry_id)
-            if stream is not None and key in stream and key not in live and key not in twin:
+            in_no_view = key not in live and key not in twin and entry_id.encode() not in documents
+            if stream is not None and key in stream and in_no_view:
                 self.unread_deleted += 1
             item.exempt = item.exempt or why
 
@@ -157,6 +164,7 @@ class Judge:
                 continue
             if (
                 before.serial == serial
+                or before.flaw in UNREADABLE
                 or item.key in self.control_plane.effects
                 or item.exempt
                 or item.redriven
@@ -405,7 +413,10 @@ class Judge:
                 continue
             attempts = msgspec.json.decode(document)["attempts"]
             sends = self.control_plane.sends[item.planned.serial]
-            if attempts > sends and item.planned.flaw != "forbidden":
+            most = (
+                max(sends, MAX_DELIVERIES) if item.planned.flaw == "poison" else sends
+            )  # its deaths, if it is that
+            if attempts > most and item.planned.flaw != "forbidden":
                 self.offence(f"attempts: {item} died after {attempts}, and {sends} requests were sent")
 
     def _check_ledger(self) -> None:

@@ -9,6 +9,7 @@ discards dead letters that are older than they are kept.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -185,17 +186,25 @@ class Reclaimer:
         return Swept(len(removed), ghosts, await self._discard_old())
 
     async def _discard_old(self) -> int:
-        """Discards what has been in the dead-letter view for too long; a page a step, so that nobody waits long."""
+        """Discards what has been in the dead-letter view for too long, page by page, so that nobody waits long.
+
+        Only what was added so long ago can have died so long ago: the rest of the view is never looked at, and Redis
+        is not asked to look for idle ones itself, because it then scans the whole view in one step.
+        """
         if self._dead_retention is None:
             return 0
-        stream, redis, idle = self._stream, self._scripts.redis, int(self._dead_retention * 1000)
+        stream, redis = self._stream, self._scripts.redis
+        last = str(int((time.time() - self._dead_retention) * 1000))
         discarded = 0
+        start: bytes = b"-"
         while True:
             with border():
-                page = await redis.xpending_range(stream.name, stream.dead_group, "-", "+", PAGE, idle=idle)
-            ids = [cast(bytes, row["message_id"]).decode() for row in page]
-            moved = await dead_letters.discard(redis, stream, ids)
+                page = await redis.xpending_range(stream.name, stream.dead_group, start, last, PAGE)
+            rows = [(cast(bytes, row["message_id"]), cast(int, row["time_since_delivered"])) for row in page]
+            old = [entry_id.decode() for entry_id, idle in rows if idle >= self._dead_retention * 1000]
+            moved = await dead_letters.discard(redis, stream, old)
             discarded += len(moved.done)
             self._settlement.vanished(entry_id.encode() for entry_id in moved.vanished)
-            if len(page) < PAGE:
+            if len(rows) < PAGE:
                 return discarded
+            start = b"(" + rows[-1][0]
