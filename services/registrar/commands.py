@@ -34,7 +34,7 @@ from common.streams import MAX_ENTRY_BYTES
 from common.turn import Turn
 from registrar.heartbeat import Heartbeat
 from registrar.memory import Memory, Place, Record
-from registrar.periodic import every, outage, rfc3339, until
+from registrar.periodic import CallOutage, every, rfc3339, until
 from registrar.registration import Registration
 
 MAX_RETRIES = 3
@@ -92,7 +92,7 @@ class CommandPoll:
     def __init__(self, running: Running, turn: Turn, memory: Memory) -> None:
         self._running, self._turn, self._memory = running, turn, memory
         self._stream = running.config.streams.commands
-        self._outage = outage("commands", running.clock)
+        self._outage = CallOutage("commands", running)
 
     async def run(self, registration: Registration, heartbeat: Heartbeat) -> None:
         """The child of the service's task group: ends when the service stops, never raises."""
@@ -116,7 +116,7 @@ class CommandPoll:
         try:
             polled = await self._running.client.commands()
         except errors.ControlPlaneError as error:
-            self._outage.began(error=str(error))
+            self._outage.began(error)
             return 0
         self._outage.ended()
         found = dict(filter(None, map(entry_data, polled)))

@@ -13,7 +13,7 @@ from common.presence import WRITE_EVERY
 from common.service import Running
 from common.turn import Turn
 from registrar.overview import Overview
-from registrar.periodic import every, outage, until
+from registrar.periodic import CallOutage, every, until
 from registrar.registration import Registration
 
 LOOK_EVERY = 0.5
@@ -26,7 +26,7 @@ class Heartbeat:
     def __init__(self, running: Running, turn: Turn, registration: Registration, overview: Overview) -> None:
         self._running, self._turn = running, turn
         self._registration, self._overview = registration, overview
-        self._outage = outage("heartbeat", running.clock)
+        self._outage = CallOutage("heartbeat", running)
         self._tried = asyncio.Event()
 
     async def run(self) -> None:
@@ -47,10 +47,10 @@ class Heartbeat:
                 await until(self._running.stopping, seconds=closed.retry_after)
                 await self._running.client.heartbeat(self._overview.heartbeat())
         except NotFound as error:
-            self._outage.began(error=str(error))
+            self._outage.began(error)
             self._registration.lost()
         except ControlPlaneError as error:
-            self._outage.began(error=str(error))
+            self._outage.began(error)
         else:
             self._outage.ended()
             self._registration.confirmed()

@@ -1,4 +1,4 @@
-"""What the registrar's periodic calls share: the tick, and two lines an outage.
+"""What the registrar's periodic calls share: the tick, and two lines where one of them fails alone.
 
 A tick that fails is over: the next one comes at its time, there are no quick retries.
 A failure concerns its own call alone; the other calls go on.
@@ -10,7 +10,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
+from common.control_plane.errors import BreakerOpen, Transient
 from common.logs import Outage, get
+from common.service import Running
 
 _log = get("registrar")
 
@@ -49,9 +51,31 @@ async def every(
         await until(stopping, seconds=max(0.0, started_at + seconds() - clock()))
 
 
-def outage(call: str, clock: Callable[[], float]) -> Outage:
-    """Two lines an outage of one call, whatever becomes of the others."""
-    return Outage(_log, f"{call}.failing", f"{call}.recovered", clock=clock)
+class CallOutage:
+    """Two lines an outage of one call, when it is of this call alone.
+
+    What says that nobody answers at all is the breaker's to tell, which tells it once for all calls.
+    So a call without an answer is told of when another call has been answered since it failed before.
+    """
+
+    def __init__(self, call: str, running: Running) -> None:
+        self._client = running.client
+        self._outage = Outage(_log, f"{call}.failing", f"{call}.recovered", clock=running.clock)
+        self._failed = False
+        self._answered: float | None = None  # when any call was, as of the last failure
+
+    def began(self, error: Exception) -> None:
+        """The call failed."""
+        answered = self._client.last_success
+        others_are_answered = self._failed and answered != self._answered
+        self._failed, self._answered = True, answered
+        if others_are_answered or not isinstance(error, BreakerOpen | Transient):
+            self._outage.began(error=str(error))
+
+    def ended(self) -> None:
+        """The call succeeded."""
+        self._failed = False
+        self._outage.ended()
 
 
 def rfc3339(seconds: float) -> str:

@@ -18,7 +18,7 @@ from common.signing import REFETCH_SECONDS, REFRESH_SECONDS, TRUST_SECONDS
 from common.streams import PUBLIC_KEYS
 from common.turn import Turn
 from registrar.heartbeat import Heartbeat
-from registrar.periodic import every, outage
+from registrar.periodic import CallOutage, every
 
 _log = get("registrar")
 
@@ -28,7 +28,7 @@ class PublicKeys:
 
     def __init__(self, running: Running) -> None:
         self._running = running
-        self._outage = outage("public_keys", running.clock)
+        self._outage = CallOutage("public_keys", running)
         self._fresh = False
         self.keys = signing.KeySet(self._fetch, clock=running.clock)
 
@@ -53,7 +53,7 @@ class PublicKeys:
         try:
             await self.keys.refresh()
         except (ControlPlaneError, ValueError) as error:
-            self._outage.began(error=str(error))
+            self._outage.began(error)
             self._fresh = False
         else:
             self._outage.ended()

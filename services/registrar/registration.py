@@ -20,7 +20,7 @@ from common.control_plane.errors import ControlPlaneError
 from common.logs import get
 from common.service import Running
 from common.turn import Turn
-from registrar.periodic import outage, until
+from registrar.periodic import CallOutage, until
 
 _log = get("registrar")
 
@@ -32,7 +32,7 @@ class Registration:
         self.needed = asyncio.Event()
         self.done = asyncio.Event()
         self._running, self._turn = running, turn
-        self._outage = outage("registration", running.clock)
+        self._outage = CallOutage("registration", running)
 
     async def run(self) -> None:
         """The child of the service's task group: ends when the service stops, never raises."""
@@ -78,7 +78,7 @@ class Registration:
             try:
                 await self._running.client.register(await self._body())
             except (ControlPlaneError, OSError, ValueError) as error:
-                self._outage.began(error=str(error))
+                self._outage.began(error)
                 asked = error.retry_after if isinstance(error, ControlPlaneError) else None
                 delay = park_delay(attempt, self._running.random) if asked is None else asked
                 await until(self._running.stopping, seconds=delay)

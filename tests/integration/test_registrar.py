@@ -207,16 +207,45 @@ async def test_a_server_that_was_forgotten_registers_again(start: Start, control
     assert control_plane.requests["register"] == 2
 
 
+def told_of_calls(registrar: Registrar) -> list[str]:
+    """What the log says of calls that fail and succeed again."""
+    ends = (".failing", ".recovered", ".unreachable")
+    return [line["event"] for line in registrar.lines() if line["event"].endswith(ends)]
+
+
 async def test_a_control_plane_that_is_away_at_the_start_is_waited_for(
     start: Start, control_plane: ControlPlane
 ) -> None:
     outage = control_plane.outage()
     registrar = start()
-    await eventually(lambda: registrar.lines("registration.failing"))
+    await eventually(lambda: registrar.lines("control_plane.unreachable"))
     control_plane.clear_faults()
     await outage
     await beating(control_plane)
-    assert len(registrar.lines("registration.failing")) == len(registrar.lines("registration.recovered")) == 1
+    assert told_of_calls(registrar) == ["control_plane.unreachable", "control_plane.recovered"]
+
+
+async def test_an_outage_of_all_calls_is_two_lines(start: Start, control_plane: ControlPlane) -> None:
+    registrar = start()
+    await beating(control_plane)
+    outage = control_plane.outage()
+    await eventually(lambda: registrar.lines("control_plane.unreachable"))
+    control_plane.clear_faults()
+    await outage
+    await eventually(lambda: registrar.lines("control_plane.recovered"))
+    await control_plane.until_arrived(control_plane.requests["heartbeat"] + 2, "heartbeat")
+    assert told_of_calls(registrar) == ["control_plane.unreachable", "control_plane.recovered"]
+
+
+async def test_a_call_that_alone_is_not_answered_is_told_of(
+    start: Start, control_plane: ControlPlane
+) -> None:
+    control_plane.fault("status", "heartbeat", status=503)
+    registrar = start()
+    await eventually(lambda: registrar.lines("heartbeat.failing"))
+    control_plane.clear_faults()
+    await eventually(lambda: registrar.lines("heartbeat.recovered"))
+    assert told_of_calls(registrar) == ["heartbeat.failing", "heartbeat.recovered"]
 
 
 async def test_a_fault_of_one_call_holds_up_no_other_and_logs_two_lines(

@@ -22,7 +22,7 @@ class Scene:
         self.stopping = asyncio.Event()
         self.breaker = SimpleNamespace(state="closed")
         running: Any = SimpleNamespace(
-            client=SimpleNamespace(heartbeat=self._answer),
+            client=SimpleNamespace(heartbeat=self._answer, last_success=None),
             gate=SimpleNamespace(breaker=self.breaker),
             config=SimpleNamespace(monitoring=SimpleNamespace(heartbeat_interval=3600.0)),
             stopping=self.stopping,
