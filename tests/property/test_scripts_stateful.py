@@ -32,7 +32,7 @@ from redis.exceptions import ResponseError
 from common import dead_letters, figures, logs
 from common.consumer import Consumer
 from common.delivery import Limits
-from common.entries import SUSPECT, Entry, Row
+from common.entries import SUSPECT, Entry, Hand, Row
 from common.ledger import GONE
 from common.outcomes import DELIVERED, DUPLICATE, Dead, Delivered, Reason
 from common.redis_border import GroupGone, RedisFault, Scripts
@@ -452,13 +452,20 @@ class Lives(RuleBasedStateMachine):
     @rule(who=whose, which=which, deliveries=st.integers(1, 5), lost=lost)
     def renew(self, who: int, which: set[int], deliveries: int, lost: bool) -> None:
         one = self.one(who)
-        entries = one.some(which)
+        entries = list({entry.id: entry for entry in reversed(one.some(which))}.values())
         for entry in entries:
             entry.deliveries = deliveries
         note(f"{one.name} renews {leases(entries)}")
 
         async def renewed() -> set[str]:
-            gone = await one.settlement.renew(entries)
+            # What was lost long ago as well: the call may have been under way when it was.
+            one.settlement.hand = Hand()
+            for entry in entries:
+                one.settlement.hand.take(entry)
+            try:
+                gone = await one.settlement.renew(entries)
+            finally:
+                one.settlement.hand = one.hand
             one.hand.drop(gone)
             return {entry.id.decode() for entry in gone}
 
