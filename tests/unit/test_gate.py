@@ -254,6 +254,20 @@ async def test_wait_wakes_when_the_pause_has_passed() -> None:
     assert stage.gate.permits() == 1
 
 
+async def test_wait_returns_although_the_pause_ends_between_two_looks_at_the_clock() -> None:
+    """A loop's clock goes on within one step: what says "not yet" may be followed by "nothing remains"."""
+    moments = [0.0]
+    gate = Gate(
+        clock=lambda: moments.pop(0) if len(moments) > 1 else moments[0], random=Random(1), logger=Log()
+    )
+    for _ in range(FAILURES):
+        gate.failed(Ticket(0, 0), "connection", "gone")
+    assert gate.breaker.open_until is not None
+    moments[:] = [gate.breaker.open_until - 0.001, gate.breaker.open_until]
+    async with asyncio.timeout(1):
+        await gate.wait()
+
+
 async def test_wait_wakes_when_the_probe_slot_frees_or_the_breaker_closes() -> None:
     stage = await loop_stage()
     stage.fail()

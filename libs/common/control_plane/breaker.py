@@ -60,6 +60,11 @@ class Breaker:
         """Seconds until the pause is over; 0 when there is none."""
         return 0.0 if self.open_until is None else max(0.0, self.open_until - self._clock())
 
+    @property
+    def pausing(self) -> bool:
+        """Open, and time alone lets the next request start; else nothing does but a change."""
+        return self.open_until is not None and not self._probing
+
     def permits(self) -> int:
         """How many requests may start now."""
         if self.open_until is None:

@@ -127,8 +127,9 @@ class Gate:
     async def wait(self) -> None:
         """Returns as soon as a request may start."""
         while self.permits() == 0:
-            remaining = self.breaker.remaining if self.hold is None else 0.0
-            await self._change(max(remaining, SHORTEST_SLEEP) if remaining else None)
+            pausing = self.hold is None and self.breaker.pausing
+            # Nothing may remain of a pause that was not over a moment ago: the clock has gone on.
+            await self._change(max(self.breaker.remaining, SHORTEST_SLEEP) if pausing else None)
 
     async def wait_for_hold(self) -> Hold | None:
         """The hold, as soon as there is one; None when the gate has been stopped."""
