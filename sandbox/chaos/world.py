@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Self
 
+import aiohttp
 import msgspec
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -39,6 +40,9 @@ DRAIN = 6.0
 NOT_FOUND_HOLD = 10.0
 MAX_DELIVERIES = 3
 SERVER_ID = "chaos-1"
+PATIENCE = 15.0
+"""Seconds in which the ControlPlane can be told what to do, killed and started again as it may be."""
+
 NAME = "control-plane.test"
 """The ControlPlane's host name, which only the services' own /etc/hosts knows."""
 
@@ -261,15 +265,21 @@ class World:
     async def faulty(self, *rules: dict[str, Any]) -> AsyncIterator[None]:
         """These rules are in force within the block, beside the noise and those of other blocks."""
         self._rules.append(rules)
-        await self._put_rules()
         try:
+            await self._put_rules()
             yield
         finally:
             self._rules.remove(rules)
             await self._put_rules()
 
     async def _put_rules(self) -> None:
-        await self.control_plane.put_faults([*NOISE, *chain.from_iterable(self._rules)])
+        """Puts what holds now in force, also while another fault kills the ControlPlane and starts it again."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                try:
+                    return await self.control_plane.put_faults([*NOISE, *chain.from_iterable(self._rules)])
+                except aiohttp.ClientConnectionError:
+                    await asyncio.sleep(0.1)
 
     # -- waiting ---------------------------------------------------------------------------------------
 
