@@ -35,6 +35,7 @@ class Wire:
     """The ControlPlane's side of three calls, by hand: what was reported, what the next ends in."""
 
     def __init__(self) -> None:
+        self.last_success: float | None = None
         self.keyring = Keyring("control-plane")
         self.offered: list[dict[str, Any]] = []
         self.reports: list[dict[str, Any]] = []
