@@ -10,16 +10,24 @@ CHECKS = ("--check-config", "--validate-config")
 
 
 def main() -> int:
-    """The console script `dataplane`: the command line as it was typed."""
-    return call(_files_behind(_checked(sys.argv[1:])))
+    """The console script `dataplane`."""
+    return call(command(sys.argv[1:]))
 
 
 def module() -> int:
-    """`python -m dataplane_agent`: what names no command is for `run`."""
-    tokens = _files_behind(_checked(sys.argv[1:]))
-    if not tokens or tokens[0] not in COMMANDS:
-        tokens = ["run", *tokens]
-    return call(tokens)
+    """`python -m dataplane_agent`."""
+    return call(module_command(sys.argv[1:]))
+
+
+def command(typed: list[str]) -> list[str]:
+    """What the console script means: the command line as it was typed, with the files behind the command."""
+    return _files_behind(_checked(typed))
+
+
+def module_command(typed: list[str]) -> list[str]:
+    """What the module means: what names no command is for `run`."""
+    tokens = command(typed)
+    return tokens if tokens and tokens[0] in COMMANDS else ["run", *tokens]
 
 
 def _checked(tokens: list[str]) -> list[str]:

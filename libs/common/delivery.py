@@ -391,9 +391,7 @@ class Delivery:
         if entry.died_alone < self._limits.max_deliveries:
             return False
         error = f"delivering it alone ended the process {entry.died_alone} times"
-        entry.attempts = max(
-            entry.attempts, entry.died_alone
-        )  # each of them was one, of a process that has died
+        entry.attempts = max(entry.attempts, entry.died_alone)  # each death was an attempt
         self.settlement.died(entry, Dead(Reason.POISON, error))
         self._lanes.finish([entry])
         return True

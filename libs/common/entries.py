@@ -33,7 +33,7 @@ class Entry(msgspec.Struct, eq=False, gc=False):
     lane: str = ""  # the session, for lanes and batches
     transaction_id: str = ""
     figures: tuple[int, int, int, int] | None = (
-        None  # audio ms, connection ms, bytes, requests: for the ledger
+        None  # for the ledger: audio ms, connection ms, bytes, requests
     )
     reply: bytes | None = None  # the grant, where settling means answering
     attempts: int = 0

@@ -20,7 +20,7 @@ async def test_no_cancellation_is_lost_while_sending() -> None:
 
         for n in range(100):
             asking = asyncio.create_task(ask())
-            for _ in range(n % 37):
+            for _ in range(n % 37):  # so many steps of the loop: it is cancelled in every one of them in turn
                 await asyncio.sleep(0)
             asking.cancel()
             await asyncio.wait([asking], timeout=5)

@@ -10,7 +10,7 @@ from common.entries import Entry, Hand
 from common.lease import Lease
 from common.settlement import Settlement
 from tests.integration.workbench import STREAM, Counts, LosesReplies, lay, state
-from tests.support import RedisServer
+from tests.support import RedisServer, eventually
 
 VISIBILITY = 30.0
 ME = ("me", 1)
@@ -87,7 +87,7 @@ async def test_a_count_that_changes_during_a_renewal_is_written_with_the_next(
     redis_server.pause()
     try:
         renewing = asyncio.create_task(held.lease.renew([entry]))
-        await asyncio.sleep(0.05)
+        await eventually(lambda: held.scripts.begun["renew"] == 2)
         entry.deliveries, entry.leased_at = 1, float("-inf")  # it has proven harmless
     finally:
         redis_server.resume()
@@ -96,18 +96,25 @@ async def test_a_count_that_changes_during_a_renewal_is_written_with_the_next(
 
 
 async def test_a_renewal_that_waited_writes_nothing_for_what_was_lost_and_taken_over_anew(
-    redis: Redis,
+    redis: Redis, redis_server: RedisServer
 ) -> None:
-    await lay(redis, live={"1-0": ("me", 2)})  # as from a crash: this process was paused for too long
-    held = Held(redis, "1-0")
-    (old,) = held.entries
-    async with held.settlement._renewing:  # another renewal, which finds it lost
+    await lay(
+        redis, live={"1-0": ("me", 2), "2-0": ME}
+    )  # 1-0 as from a crash: this process was paused for too long
+    held = Held(redis, "1-0", "2-0")
+    old, other = held.entries
+    await held.settlement.renew([other])  # connects
+    redis_server.pause()
+    try:
+        renewing = asyncio.create_task(held.settlement.renew([other]))
         waiting = asyncio.create_task(held.settlement.renew([old]))
-        await asyncio.sleep(0)
+        await eventually(lambda: held.scripts.begun["renew"] == 2)
         held.hand.drop([old])
         held.hand.take(Entry(b"1-0", b"x", "", None, 2, held.now))
-    assert await waiting == [old]
-    assert (await state(redis)).live == {"1-0": ("me", 2)}
+    finally:
+        redis_server.resume()
+    assert (await renewing, await waiting) == ([], [old])
+    assert (await state(redis)).live == {"1-0": ("me", 2), "2-0": ME}
 
 
 async def test_what_comes_and_goes_faster_costs_nothing(redis: Redis) -> None:

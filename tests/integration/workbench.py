@@ -163,10 +163,12 @@ class LosesReplies(Scripts):
         super().__init__(redis)
         self.lose: Counter[str] = Counter()
         self.spare: Counter[str] = Counter()
+        self.begun: Counter[str] = Counter()
         self.runs: Counter[str] = Counter()
         self.on_lost: Callable[[], None] = lambda: None
 
     async def run(self, name: str, keys: Any, args: Any) -> Any:
+        self.begun[name] += 1
         reply = await super().run(name, keys, args)
         self.runs[name] += 1
         if self.spare[name] > 0:

@@ -407,17 +407,20 @@ class Lives(RuleBasedStateMachine):
         burying = [(e.id.decode(), dead.reason.value, e.attempts) for e, dead in one.settlement._burying]
         note(f"{one.name} settles {settling} and buries {burying}")
 
-        def expected() -> None:
-            try:
-                if settling and self.kind.response_stream:
-                    self.model.answer(one.name, settling)
-                elif settling:
-                    self.model.settle(one.token, settling)
-            finally:
-                if burying:
-                    self.model.bury(one.name, one.token, burying)
+        self.both(lambda: self._flushed(one, settling, burying), one.settlement.flush, one, lose)
 
-        self.both(expected, one.settlement.flush, one, lose)
+    def _flushed(
+        self, one: Process, settling: list[tuple[str, bool]], burying: list[tuple[str, str, int]]
+    ) -> None:
+        """What a flush comes to in the model: what is to be buried is, whatever becomes of the rest."""
+        try:
+            if settling and self.kind.response_stream:
+                self.model.answer(one.name, settling)
+            elif settling:
+                self.model.settle(one.token, settling)
+        finally:
+            if burying:
+                self.model.bury(one.name, one.token, burying)
 
     @precondition(lambda self: self.somebody_has_read)
     @rule(who=whose, which=which, duplicate=st.booleans(), lost=lost)
@@ -515,14 +518,7 @@ class Lives(RuleBasedStateMachine):
         def expected() -> None:
             try:
                 self.model.hand_over(one.name, leases(first))
-                try:
-                    if settling and self.kind.response_stream:
-                        self.model.answer(one.name, settling)
-                    elif settling:
-                        self.model.settle(one.token, settling)
-                finally:
-                    if burying:
-                        self.model.bury(one.name, one.token, burying)
+                self._flushed(one, settling, burying)
                 self.model.hand_over(one.name, leases(rest))
                 if one.turn is not None:
                     self.model.give_up_turn(one.turn.token, one.turn._next)

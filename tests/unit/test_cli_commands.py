@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import yaml
 
@@ -30,14 +28,8 @@ KEY = {"DATAPLANE_CONTROL_PLANE__API_KEY": "very-secret"}
         (["--config", "a.yaml", "usage_forwarder"], ["run", "usage_forwarder", "--config", "a.yaml"]),
     ],
 )
-def test_the_module_runs_what_names_no_command(
-    typed: list[str], meant: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called: list[list[str]] = []
-    monkeypatch.setattr(sys, "argv", ["dataplane", *typed])
-    monkeypatch.setattr(entry, "call", lambda tokens: called.append(tokens) or 0)
-    assert entry.module() == 0
-    assert called == [meant]
+def test_the_module_runs_what_names_no_command(typed: list[str], meant: list[str]) -> None:
+    assert entry.module_command(typed) == meant
 
 
 @pytest.mark.parametrize(
@@ -50,24 +42,13 @@ def test_the_module_runs_what_names_no_command(
         (["--config", "a.yaml", "dead", "show", "1-0"], ["dead", "show", "1-0", "--config", "a.yaml"]),
         (["--config"], ["--config"]),
         (["status"], ["status"]),
+        ([], []),
     ],
 )
 def test_a_file_before_the_command_counts_as_one_behind_it_and_comes_first(
-    typed: list[str], meant: list[str], monkeypatch: pytest.MonkeyPatch
+    typed: list[str], meant: list[str]
 ) -> None:
-    called: list[list[str]] = []
-    monkeypatch.setattr(sys, "argv", ["dataplane", *typed])
-    monkeypatch.setattr(entry, "call", lambda tokens: called.append(tokens) or 0)
-    assert entry.main() == 0
-    assert called == [meant]
-
-
-def test_the_console_script_takes_the_command_line_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[list[str]] = []
-    monkeypatch.setattr(sys, "argv", ["dataplane"])
-    monkeypatch.setattr(entry, "call", lambda tokens: called.append(tokens) or 0)
-    assert entry.main() == 0
-    assert called == [[]]
+    assert entry.command(typed) == meant
 
 
 @pytest.mark.parametrize(
