@@ -62,7 +62,7 @@ def body_length(server_id: str, region: str, version: str) -> int:
     """Bytes of one record's body as the agent sends it."""
     timestamp = "2026-01-01T12:00:00.000+00:00"
     sent = schemas.usage_record(record(0).encode())
-    return len(schemas.usage_body(sent, record_key(0), server_id, region, timestamp, version))
+    return len(schemas.usage_body(sent, schemas.usage_stamp(server_id, region, timestamp, version)))
 
 
 def record_key(number: int) -> str:

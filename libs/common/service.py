@@ -85,7 +85,8 @@ class Running:
         self.stop_reason = ""
         self.exit_code = STOPPED
         self.log = logs.get("service")
-        self._second = self._millisecond = 0
+        self._second = 0
+        self._timestamp_from = 0.0  # the millisecond that it names, in Unix seconds
         self._to_the_second = self._timestamp = ""
         self.sender = Sender(config.server.id, config.server.region, self.version)
         self.metrics = Metrics(
@@ -116,9 +117,10 @@ class Running:
 
     def timestamp(self) -> str:
         """Now, as the wire has it: RFC 3339, UTC, milliseconds."""
-        millisecond = time.time_ns() // 1_000_000
-        if millisecond != self._millisecond:  # under load there are ten records to one
-            self._millisecond = millisecond
+        now = time.time()
+        if not self._timestamp_from <= now < self._timestamp_from + 0.001:  # under load ten records share one
+            millisecond = int(now * 1000)
+            self._timestamp_from = millisecond / 1000
             second, milliseconds = divmod(millisecond, 1000)
             if second != self._second:  # formatting a datetime costs ten times what the rest does
                 self._second = second

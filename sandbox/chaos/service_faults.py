@@ -248,7 +248,16 @@ async def poisonous_entry(scene: Scene) -> None:
 
 async def _write_poison(world: World, session: str) -> Row:
     moment = "2026-01-01T00:00:00Z"
-    record = UsageRecord(session, "poisoner", 1.0, 1, 1.0, moment, moment, transaction_id=f"tx-{session}")
+    record = UsageRecord(
+        api_session_id=session,
+        customer_id="poisoner",
+        connection_duration_seconds=1.0,
+        data_bytes_processed=1,
+        audio_duration_seconds=1.0,
+        request_timestamp=moment,
+        response_timestamp=moment,
+        transaction_id=f"tx-{session}",
+    )
     async with world.connected() as redis:
         written = await Producer(redis, world.names, wait_seconds=30).add(record)
     row = Row(written.stream, "usage", written.entry_id, written.transaction_id, session, None, "ok")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+
+from msgspec.structs import replace
+
 from common import schemas
 from common.control_plane.client import Delivering, EntryCall
 from common.control_plane.verdicts import Split
@@ -14,8 +18,8 @@ from common.service import Running
 MAX_BATCH_BYTES = 1024 * 1024
 """A request body is at most this long (contract section 3)."""
 
-RECENT = 0.02
-"""Weight of the newest record in the means behind the undelivered estimate: about the last fifty count."""
+RECENT = 50
+"""The undelivered estimate is made of the means of so many records, the last that were read."""
 
 CREDIT_SECONDS = 360
 """One credit a started 360 s of audio or connection, whichever is longer; the ControlPlane computes the real ones."""
@@ -28,18 +32,17 @@ class UsageForwarder(EntryHandler):
         super().__init__(running, running.config.streams.usage_records, schemas.usage_record)
         self.batch = running.config.control_plane.usage_batch_size
         self._metrics = running.metrics
-        self._seen = 0
-        self._mean_audio = 0.0  # begin at nothing, which weighs less with every record seen
-        self._mean_credits = 0.0
+        self._recent: deque[schemas.UsageRecord] = deque(maxlen=RECENT)
+        self._stamped = ""  # the moment of the stamp
+        self._stamp = b""
 
     def decode(self, entry: Entry) -> str:
         lane = super().decode(entry)
         record: schemas.UsageRecord = entry.message
+        if record.transaction_id is None:
+            entry.message = replace(record, transaction_id=entry.transaction_id)
         entry.figures = record.figures()
-        audio, connection = record.audio_duration_seconds, record.connection_duration_seconds
-        self._seen += 1
-        self._mean_audio += RECENT * (audio - self._mean_audio)
-        self._mean_credits += RECENT * (-(-max(audio, connection) // CREDIT_SECONDS) - self._mean_credits)
+        self._recent.append(record)
         return lane
 
     async def deliver(self, entries: list[Entry]) -> list[Outcome]:
@@ -77,18 +80,25 @@ class UsageForwarder(EntryHandler):
                 return [outcome] * len(entries)
 
     def _body(self, entry: Entry) -> bytes:
-        sender = self._sender
-        return schemas.usage_body(
-            entry.message,
-            entry.transaction_id,
-            sender.server_instance_id,
-            sender.api_server_region,
-            self._timestamp(),
-            sender.agent_version,
-        )
+        now = self._timestamp()
+        if now != self._stamped:  # under load several records share a millisecond
+            sender = self._sender
+            self._stamped, self._stamp = (
+                now,
+                schemas.usage_stamp(
+                    sender.server_instance_id, sender.api_server_region, now, sender.agent_version
+                ),
+            )
+        return schemas.usage_body(entry.message, self._stamp)
 
     def estimate(self, figures: StreamFigures) -> None:
         """Tells the metrics what the undelivered records are probably worth."""
-        seen_share = 1 - (1 - RECENT) ** self._seen
-        undelivered = (figures.backlog + figures.pending) / (seen_share or 1)
-        self._metrics.undelivered(undelivered * self._mean_audio, undelivered * self._mean_credits)
+        undelivered = (figures.backlog + figures.pending) / max(1, len(self._recent))
+        audio = sum(record.audio_duration_seconds for record in self._recent)
+        credits = sum(_credits(record) for record in self._recent)
+        self._metrics.undelivered(undelivered * audio, undelivered * credits)
+
+
+def _credits(record: schemas.UsageRecord) -> float:
+    longest = max(record.audio_duration_seconds, record.connection_duration_seconds)
+    return -(-longest // CREDIT_SECONDS)

@@ -28,7 +28,16 @@ START = SessionEvent("session-1", "customer", "start", NOW, metadata=schemas.Raw
 
 
 def usage(number: int = 1, **more: Any) -> UsageRecord:
-    return UsageRecord("session-1", "customer", 2.5, number, 1.5, NOW, NOW, **more)
+    said = {
+        "api_session_id": "session-1",
+        "customer_id": "customer",
+        "connection_duration_seconds": 2.5,
+        "data_bytes_processed": number,
+        "audio_duration_seconds": 1.5,
+        "request_timestamp": NOW,
+        "response_timestamp": NOW,
+    }
+    return UsageRecord(**{**said, **more})
 
 
 @pytest.fixture
@@ -130,7 +139,7 @@ async def test_many_messages_are_written_in_order(producer: Producer, redis: Red
         Draft(usage(-1)),
         Draft(usage(request_count=0)),
         Draft(usage(transaction_id="..")),
-        Draft(UsageRecord("session-1", "customer", float("nan"), 1, 1.5, NOW, NOW)),
+        Draft(usage(connection_duration_seconds=float("nan"))),
         Draft(SessionEvent("session-1", "customer", "pause", NOW)),
         Draft(QuotaRequest("session-1", "customer", "now")),
         Draft(usage(), correlation_id="a b"),

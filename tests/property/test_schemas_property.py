@@ -91,7 +91,7 @@ def test_what_is_read_can_be_written_and_is_utf8_json(message: dict[str, Any]) -
     server = ("server", "region", "2026-11-21T10:00:01Z", "0.1.0")
     bodies = []
     if record := verdict(schemas.usage_record, data):
-        bodies.append(schemas.usage_body(record, "t", *server))
+        bodies.append(schemas.usage_body(record, schemas.usage_stamp(*server)))
         audio_ms, connection_ms, data_bytes, requests = record.figures()
         assert 0 <= audio_ms <= 10**12
         assert 0 <= connection_ms <= 10**12

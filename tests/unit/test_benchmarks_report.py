@@ -74,9 +74,8 @@ def test_memory_that_grows_shows_as_drift_and_its_start_does_not() -> None:
 @pytest.mark.parametrize("number", [1, 2, 3, 100])
 def test_the_length_of_a_body_tells_how_many_records_it_carries(number: int) -> None:
     record = schemas.usage_record(load.record(1).encode())
-    body = schemas.usage_body(
-        record, load.record_key(1), "benchmark", "local", "2026-01-01T00:00:00.000+00:00", "0.1.0"
-    )
+    stamp = schemas.usage_stamp("benchmark", "local", "2026-01-01T00:00:00.000+00:00", "0.1.0")
+    body = schemas.usage_body(record, stamp)
     assert len(body) == load.body_length("benchmark", "local", "0.1.0")
     sent = body if number == 1 else schemas.usage_batch_body([body] * number)
     assert records_in(len(sent), len(body)) == number

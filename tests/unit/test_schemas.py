@@ -63,7 +63,7 @@ def written(name: str) -> bytes:
     transaction_id = {
         message: golden(message)["transaction_id"] for message in READERS if message != "command"
     }
-    usage_body = schemas.usage_body(usage, transaction_id["usage_record"], *SERVER, SENT_AT, "0.1.0")
+    usage_body = schemas.usage_body(usage, schemas.usage_stamp(*SERVER, SENT_AT, "0.1.0"))
     match name:
         case "usage_body":
             return usage_body
@@ -94,7 +94,7 @@ def test_a_body_is_what_the_golden_file_says(name: str) -> None:
 
 def test_unknown_fields_are_tolerated_and_not_forwarded() -> None:
     record = schemas.usage_record(with_member("usage_record", b'"secret":{"deep":[1e400]}'))
-    body = schemas.usage_body(record, "t", *SERVER, SENT_AT, "0.1.0")
+    body = schemas.usage_body(record, schemas.usage_stamp(*SERVER, SENT_AT, "0.1.0"))
     assert "secret" not in json.loads(body)
 
 
