@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from common.control_plane import errors
+from common.control_plane.transport import Headers
 from common.control_plane.verdicts import Answer
 from simulation.loop import Loop, Process
 
@@ -99,7 +100,7 @@ class ControlPlane:
         process: Process,
         method: str,
         path: str,
-        headers: dict[str, str],
+        headers: Headers,
         body: bytes | None,
         answered: asyncio.Future[Answer],
     ) -> None:
@@ -254,7 +255,7 @@ class _Request:
         process: Process,
         method: str,
         path: str,
-        headers: dict[str, str],
+        headers: Headers,
         body: bytes | None,
         answered: asyncio.Future[Answer],
         sent_at: float,
@@ -263,7 +264,7 @@ class _Request:
         self.path = path
         self.answered = answered
         self.sent_at = sent_at
-        self.key = headers.get("Idempotency-Key", "")
+        self.key = dict(headers).get("Idempotency-Key", "")
         self.session, self.grants = "", False
         self.records: list[tuple[str, str, bytes]] = []  # serial, key, content
         if method == "POST":
@@ -298,7 +299,7 @@ class Carrier:
         self,
         method: str,
         path: str,
-        headers: dict[str, str],
+        headers: Headers,
         body: bytes | None = None,
         timeout: float | None = None,
     ) -> Answer:

@@ -22,10 +22,9 @@ IDLE = 4.0
 
 
 class Level:
-    """The level of one process; `out`: how many requests are in flight."""
+    """The level of one process."""
 
     def __init__(self, most: int, clock: Callable[[], float]) -> None:
-        self.out = 0
         self._most = most
         self._clock = clock
         self._rested_at = clock()
@@ -43,17 +42,14 @@ class Level:
         self._began = None
         return self._most
 
-    def begun(self) -> None:
-        """A request goes out."""
-        if not self.out and self._clock() - self._rested_at > IDLE:
+    def woken(self) -> None:
+        """A request goes out, and there was none."""
+        if self._clock() - self._rested_at > IDLE:
             self.begin_again()
-        self.out += 1
 
-    def ended(self) -> None:
-        """A request is out no more."""
-        self.out -= 1
-        if not self.out:
-            self._rested_at = self._clock()
+    def rests(self) -> None:
+        """No request is out any more."""
+        self._rested_at = self._clock()
 
     def begin_again(self) -> None:
         """Nothing may be sent for now, or the connections are gone."""

@@ -318,8 +318,9 @@ class Delivery:
         return entries
 
     async def _deliver(self, entries: list[Entry]) -> None:
+        if not self.in_flight:
+            self.level.woken()
         self.in_flight += 1
-        self.level.begun()
         for entry in entries:
             entry.in_flight = True
         try:
@@ -330,8 +331,8 @@ class Delivery:
             outcomes = [failed] * len(entries)
         finally:
             self.in_flight -= 1
-            self.level.ended()
             if not self.in_flight:
+                self.level.rests()
                 self._quiet.set()
         for entry, outcome in zip(entries, outcomes, strict=True):
             entry.in_flight = False
@@ -398,15 +399,12 @@ class Delivery:
 
     def _end(self, entry: Entry, outcome: Outcome) -> None:
         """What becomes of an entry after its delivery."""
-        if not self.hand.holds(entry):
-            if isinstance(outcome, Delivered):
-                self.settlement.delivered(entry, outcome)  # a 2xx is a fact, whoever owns the entry by now
-            self._lanes.finish([entry])
-            return
         match outcome:
             case Delivered():
-                self.settlement.delivered(entry, outcome)  # leaves the stream with the next batch
+                self.settlement.delivered(entry, outcome)  # a 2xx is a fact, whoever owns the entry by now
                 self._lanes.finish([entry])
+            case _ if not self.hand.holds(entry):
+                self._lanes.finish([entry])  # somebody else's by now, and theirs to end
             case Dead():
                 self._proven_harmless(entry)
                 entry.attempts += 1

@@ -108,8 +108,8 @@ class Hand:
 
     def take(self, entry: Entry) -> None:
         self._entries[entry.id] = entry
-        entry.size = entry.carried
-        self.bytes += entry.size
+        entry.size = size = entry.carried
+        self.bytes += size
 
     def resize(self, entry: Entry, size: int) -> None:
         self.bytes += size - entry.size

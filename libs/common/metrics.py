@@ -146,7 +146,7 @@ class Metrics:
             "dataplane_delivery_seconds",
             "Seconds from the producer's XADD until the entry was settled, by Redis's clock and ours.",
             DELIVERY_BOUNDS,
-        ).labels()
+        ).series[()]
         self.last_success = stream.gauge(
             "dataplane_last_success_timestamp_seconds",
             "When an entry was last settled as delivered, in Unix seconds; 0 before the first.",
@@ -289,7 +289,7 @@ class Metrics:
 
     def request(self, endpoint: str, status: str, seconds: float) -> None:
         """Time one request; `status` is the HTTP status as text, or `error`."""
-        self._requests.labels(endpoint, status).observe(seconds)
+        self._requests.series[endpoint, status].observe(seconds)
 
     def retry(self, endpoint: str, cause: str) -> None:
         self._retries(endpoint, cause).inc()
@@ -368,6 +368,18 @@ class Buckets:
         self.sum += total
 
 
+class _Series(dict[tuple[str, ...], Buckets]):
+    """The series of a histogram."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        super().__init__()
+        self._bounds = bounds
+
+    def __missing__(self, values: tuple[str, ...]) -> Buckets:
+        self[values] = Buckets(self._bounds)
+        return self[values]
+
+
 class Histogram(Collector):
     """A histogram that becomes series when it is scraped, and costs a bisect until then."""
 
@@ -379,25 +391,19 @@ class Histogram(Collector):
         constant: Mapping[str, str],
         labels: Sequence[str] = (),
     ) -> None:
-        self._name, self._help, self._bounds = name, help, bounds
+        self._name, self._help = name, help
         self._constant, self._labels = tuple(constant.values()), (*constant, *labels)
         self._uppers = [*(str(float(bound)) for bound in bounds), "+Inf"]
-        self._series: dict[tuple[str, ...], Buckets] = {}
-
-    def labels(self, *values: str) -> Buckets:
-        """The series of these label values; it exists from now on."""
-        series = self._series.get(values)
-        if series is None:
-            series = self._series[values] = Buckets(self._bounds)
-        return series
+        self.series = _Series(bounds)
+        """By label values; one exists from when it is asked for."""
 
     def count(self) -> int:
         """Observations so far, in all series."""
-        return sum(sum(series.counts) for series in self._series.values())
+        return sum(sum(series.counts) for series in self.series.values())
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         family = HistogramMetricFamily(self._name, self._help, labels=self._labels)
-        for values, series in self._series.items():
+        for values, series in self.series.items():
             cumulative = zip(self._uppers, map(float, accumulate(series.counts)), strict=True)
             family.add_metric((*self._constant, *values), [*cumulative], series.sum)
         yield family

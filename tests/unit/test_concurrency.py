@@ -39,21 +39,20 @@ def test_it_begins_anew_after_the_connections_have_idled_away_and_not_before() -
     clock = Clock()
     level = Level(64, clock)
     for pause, limit in ((IDLE / 2, 64), (IDLE + 0.1, START)):
-        level.begun()
-        level.ended()
+        level.woken()
+        level.rests()
         clock.now += 1
         assert level.limit == 64
         clock.now += pause - 1
-        level.begun()
+        level.woken()
         assert level.limit == limit
-        level.ended()
+        level.rests()
 
 
 def test_silent_requests_do_not_keep_it_down() -> None:
     clock = Clock()
     level = Level(64, clock)
-    for _ in range(START):
-        level.begun()
+    level.woken()
     clock.now += 1
     assert level.limit == 64
 

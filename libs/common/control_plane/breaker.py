@@ -42,7 +42,8 @@ class Breaker:
         self._random = random
         self._on_change = on_change
         self._longest_pause = longest_pause
-        self._period = 0
+        self.period = 0
+        """Grows with every opening: what a ticket is of."""
         self._failures = 0  # in a row, while closed
         self._openings = 0  # in a row, without a success between
         self.open_until: float | None = None
@@ -74,15 +75,15 @@ class Breaker:
     def enter(self) -> int | None:
         """The ticket of a request that starts now, or None: it must not start."""
         if self.open_until is None:
-            return self._period
+            return self.period
         if not self.permits():
             return None
         self._probing = True
         self._on_change("half_open", "")
-        return self._period
+        return self.period
 
     def succeeded(self, ticket: int) -> None:
-        if ticket != self._period:
+        if ticket != self.period:
             return  # it began before the breaker opened: old news
         self._failures = 0
         if self._probing:
@@ -92,7 +93,7 @@ class Breaker:
             self._on_change("closed", "")
 
     def failed(self, ticket: int, cause: str) -> None:
-        if ticket != self._period:
+        if ticket != self.period:
             return
         self._failures += 1
         if self._probing or self._failures >= FAILURES:
@@ -100,7 +101,7 @@ class Breaker:
 
     def abandoned(self, ticket: int) -> None:
         """The request says nothing about the ControlPlane; if it was the probe, another one may go."""
-        if ticket == self._period and self._probing:
+        if ticket == self.period and self._probing:
             self._probing = False
             self._on_change("half_open", "")
 
@@ -108,7 +109,7 @@ class Breaker:
         longest = min(self._longest_pause, FIRST_PAUSE * 2.0 ** min(self._openings, 10))
         self.open_until = self._clock() + longest * (LEAST_SHARE + (1 - LEAST_SHARE) * self._random.random())
         self._openings += 1
-        self._period += 1
+        self.period += 1
         self._failures = 0
         self._probing = False
         self._on_change("open", cause)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine
+from functools import lru_cache
 from random import Random
 from typing import Any, Protocol
 from uuid import UUID
@@ -25,7 +26,7 @@ from common.control_plane.backoff import quick_delay
 from common.control_plane.breaker import LONGEST_PAUSE
 from common.control_plane.gate import Cause as FailureCause
 from common.control_plane.gate import Gate, Logger, Observer, Ticket, Unobserved
-from common.control_plane.transport import Transport
+from common.control_plane.transport import Headers, Transport
 from common.control_plane.verdicts import Answer, Judge, Mask, Split, hold_kind
 from common.outcomes import Cause, Dead, Delivered, Outcome, Reason, Retry
 from common.schemas import fits_in_path
@@ -36,7 +37,7 @@ MOST_COMMANDS = 100
 
 _BREAKER_OPEN = Retry(Cause.HELD, "not sent: the breaker is open")
 _QUICK = (Cause.TRANSIENT, Cause.UNCONFIRMED)
-_JSON = "application/json"
+_JSON = ("Content-Type", "application/json")
 
 
 class Carrier(Protocol):
@@ -48,7 +49,7 @@ class Carrier(Protocol):
         self,
         method: str,
         path: str,
-        headers: dict[str, str],
+        headers: Headers,
         body: bytes | None = None,
         timeout: float | None = None,
     ) -> Answer: ...
@@ -74,31 +75,32 @@ Delivering = Coroutine[Any, Any, Outcome]
 _Judgement = Callable[[Judge, Answer], Outcome | Split]
 
 
-class _Request(msgspec.Struct):
-    """An entry's request, the same at every try. `failure`: what went wrong at the last one."""
+class _Endpoint(msgspec.Struct, frozen=True):
+    """One of the calls for an entry: its name in metrics, the end of its path, who reads its answers."""
 
-    endpoint: str
-    path: str
-    headers: dict[str, str]
-    body: bytes
-    session_id: str
-    refused_before: bool
+    name: str
+    verb: str
     judge: _Judgement
-    failure: FailureCause = "connection"
 
 
-def _request(
-    endpoint: str, session_id: str, verb: str, body: bytes, call: EntryCall, judge: _Judgement
-) -> _Request:
-    headers = {
-        "Content-Type": _JSON,
-        "Idempotency-Key": call.key,
-        "X-Correlation-ID": call.correlation_id,
-    }
-    if call.traceparent is not None:
-        headers["traceparent"] = call.traceparent
-    path = f"/api/v1/sessions/{session_id}/{verb}"
-    return _Request(endpoint, path, headers, body, session_id, call.refused_before, judge)
+_USAGE_RECORD = _Endpoint("usage_records", "usage-records", Judge.delivery)
+_USAGE_BATCH = _Endpoint("usage_records", "usage-records", Judge.batch)
+_START = _Endpoint("start", "start", Judge.delivery)
+_COMPLETE = _Endpoint("complete", "complete", Judge.delivery)
+_REFRESH = _Endpoint("refresh", "refresh", Judge.refresh)
+
+
+@lru_cache(1024)
+def _path(session_id: str, verb: str) -> str:
+    """The path of a session's call; remembered, since a session comes with many records. Raises ValueError."""
+    if not fits_in_path(session_id):
+        raise ValueError("api_session_id cannot stand in a path")
+    return f"/api/v1/sessions/{session_id}/{verb}"
+
+
+def _headers(call: EntryCall) -> Headers:
+    headers = (_JSON, ("Idempotency-Key", call.key), ("X-Correlation-ID", call.correlation_id))
+    return headers if call.traceparent is None else (*headers, ("traceparent", call.traceparent))
 
 
 def build(
@@ -179,51 +181,58 @@ class ControlPlaneClient:
     # No coroutines of their own: each one between a slot and the transport is paid for at every request.
 
     def usage_record(self, session_id: str, body: bytes, call: EntryCall) -> Delivering:
-        return self._send("usage_records", session_id, "usage-records", body, call, Judge.delivery)
+        return self._send(_USAGE_RECORD, session_id, body, call)
 
     def usage_batch(
         self, session_id: str, body: bytes, call: EntryCall
     ) -> Coroutine[Any, Any, Outcome | Split]:
         """Several records of one session; a Split says that they must be sent in parts."""
-        return self._send("usage_records", session_id, "usage-records", body, call, Judge.batch)
+        return self._send(_USAGE_BATCH, session_id, body, call)
 
     def start(self, session_id: str, body: bytes, call: EntryCall) -> Delivering:
-        return self._send("start", session_id, "start", body, call, Judge.delivery)
+        return self._send(_START, session_id, body, call)
 
     def complete(self, session_id: str, body: bytes, call: EntryCall) -> Delivering:
-        return self._send("complete", session_id, "complete", body, call, Judge.delivery)
+        return self._send(_COMPLETE, session_id, body, call)
 
     def refresh(self, session_id: str, body: bytes, call: EntryCall) -> Delivering:
         """A Delivered carries the grant in `answer`."""
-        return self._send("refresh", session_id, "refresh", body, call, Judge.refresh)
+        return self._send(_REFRESH, session_id, body, call)
 
-    async def _send(
-        self, endpoint: str, session_id: str, verb: str, body: bytes, call: EntryCall, judge: _Judgement
-    ) -> Any:
+    async def _send(self, endpoint: _Endpoint, session_id: str, body: bytes, call: EntryCall) -> Any:
         """The first try and its quick retries; returns what the judge does, a Split only for a batch."""
-        if not fits_in_path(session_id):
-            return Dead(Reason.INVALID, "api_session_id cannot stand in a path")
-        request = _request(endpoint, session_id, verb, body, call, judge)
-        retries = self._quick_retries if call.quick_retries else 0
+        try:
+            path = _path(session_id, endpoint.verb)
+        except ValueError as error:
+            return Dead(Reason.INVALID, str(error))
+        headers = _headers(call)
+        failure: FailureCause = "connection"
         retry = 0
         tried: Retry | None = None
         while (ticket := self.gate.enter()) is not None:
             if tried is not None:
-                self._observer.retry(endpoint, request.failure)
+                self._observer.retry(endpoint.name, failure)
             self.requests_total += 1
             try:
-                answer = await self.transport.send("POST", request.path, request.headers, request.body)
+                answer = await self.transport.send("POST", path, headers, body)
             except errors.TransportError as error:
-                outcome = self._learn_silence(ticket, request, error)
+                failure = "timeout" if isinstance(error, errors.TimedOut) else "connection"
+                outcome = self._learn_silence(ticket, endpoint, failure, error)
             except BaseException:
                 self.gate.abandoned(ticket)
                 raise
             else:
-                outcome = self._learn(ticket, request, answer)
+                outcome = self._learn(ticket, endpoint, answer)
+                if isinstance(outcome, Delivered):
+                    return outcome
+                outcome = self._learn_no(ticket, session_id, call, outcome)
             if not isinstance(outcome, Retry) or outcome.cause not in _QUICK:
                 return outcome
+            if outcome.http_status is not None:
+                failure = _failure_of(outcome)
             tried = outcome
             asked = outcome.after or 0.0
+            retries = self._quick_retries if call.quick_retries else 0
             if retry == retries or asked > self._config.max_backoff:
                 return tried  # parked: tried again on its own schedule
             retry += 1
@@ -232,30 +241,29 @@ class ControlPlaneClient:
                 return tried  # the gate closed, or the process stops: parked
         return tried or self._not_sent()
 
-    def _learn(self, ticket: Ticket, request: _Request, answer: Answer) -> Outcome | Split:
-        """What an answer means; the gate learns of it."""
-        self._observer.request(request.endpoint, _label(answer.status), answer.seconds)
-        outcome = request.judge(self._judge, answer)
+    def _learn(self, ticket: Ticket, endpoint: _Endpoint, answer: Answer) -> Outcome | Split:
+        """What an answer means; of a success the gate learns."""
+        self._observer.request(endpoint.name, _LABELS.get(answer.status, _OTHER), answer.seconds)
+        outcome = endpoint.judge(self._judge, answer)
         if isinstance(outcome, Delivered):
             self.gate.delivered(ticket)
             self.last_success = self._wall()
-            return outcome
+        return outcome
+
+    def _learn_no(
+        self, ticket: Ticket, session_id: str, call: EntryCall, outcome: Outcome | Split
+    ) -> Outcome | Split:
+        """Tells the gate of an answer that is no success; what it knows of others may change the outcome."""
         if isinstance(outcome, Retry | Dead):
             self.last_error = outcome.error
-        return self._learn_no(ticket, request, outcome)
-
-    def _learn_no(self, ticket: Ticket, request: _Request, outcome: Outcome | Split) -> Outcome | Split:
-        """Tells the gate of an answer that is no success; what it knows of others may change the outcome."""
         match outcome:
-            case Retry(cause=Cause.TRANSIENT):
-                self._fail(ticket, request, "status", outcome.error)
-            case Retry(cause=Cause.UNCONFIRMED):
-                self._fail(ticket, request, "unconfirmed", outcome.error)
+            case Retry(cause=Cause.TRANSIENT | Cause.UNCONFIRMED):
+                self.gate.failed(ticket, _failure_of(outcome), outcome.error)
             case Retry(cause=Cause.NOT_FOUND):
-                return self._not_found(ticket, request, outcome)
-            case Retry(cause=Cause.HELD, http_status=403) if request.refused_before:
+                return self._not_found(ticket, session_id, outcome)
+            case Retry(cause=Cause.HELD, http_status=403) if call.refused_before:
                 # A probe has passed since: the key is good, it is this entry that is not wanted.
-                return self._not_found(ticket, request, outcome)
+                return self._not_found(ticket, session_id, outcome)
             case Retry(cause=Cause.HELD):
                 self.gate.refused(ticket, hold_kind(outcome), outcome.error)
             case _:
@@ -263,10 +271,10 @@ class ControlPlaneClient:
         return outcome
 
     def _learn_silence(
-        self, ticket: Ticket, request: _Request, error: errors.TransportError
+        self, ticket: Ticket, endpoint: _Endpoint, failure: FailureCause, error: errors.TransportError
     ) -> Outcome | Split:
         """What it means that there is no answer; the gate learns of it."""
-        self._observer.request(request.endpoint, "error", error.seconds)
+        self._observer.request(endpoint.name, "error", error.seconds)
         self.last_error = text = str(error)
         match error:
             case errors.TlsFailed():
@@ -276,19 +284,13 @@ class ControlPlaneClient:
                 self.gate.unsent(ticket, "configuration", text)
             case errors.NotARequest():
                 self.gate.abandoned(ticket)
-            case errors.TimedOut():
-                self._fail(ticket, request, "timeout", text)
             case _:
-                self._fail(ticket, request, "connection", text)
+                self.gate.failed(ticket, failure, text)
         return self._judge.no_answer(error)
 
-    def _fail(self, ticket: Ticket, request: _Request, failure: FailureCause, error: str) -> None:
-        request.failure = failure
-        self.gate.failed(ticket, failure, error)
-
-    def _not_found(self, ticket: Ticket, request: _Request, outcome: Retry) -> Retry:
+    def _not_found(self, ticket: Ticket, session_id: str, outcome: Retry) -> Retry:
         status = outcome.http_status or 404
-        held = self.gate.not_found(ticket, request.session_id, status)
+        held = self.gate.not_found(ticket, session_id, status)
         cause = Cause.HELD if held else Cause.NOT_FOUND
         return Retry(cause, outcome.error, status, response_excerpt=outcome.response_excerpt)
 
@@ -374,10 +376,10 @@ class ControlPlaneClient:
     async def _ask(
         self, endpoint: str, method: str, path: str, body: Any = None, correlation_id: str | None = None
     ) -> dict[str, Any]:
-        headers = {"X-Correlation-ID": correlation_id or self._correlation_id()}
+        headers = [("X-Correlation-ID", correlation_id or self._correlation_id())]
         content: bytes | None = None
         if body is not None:
-            headers["Content-Type"] = _JSON
+            headers.append(_JSON)
             content = body if isinstance(body, bytes) else msgspec.json.encode(body)
         self.requests_total += 1
         try:
@@ -385,7 +387,7 @@ class ControlPlaneClient:
         except errors.TransportError as error:
             self._observer.request(endpoint, "error", error.seconds)
             raise
-        self._observer.request(endpoint, _label(answer.status), answer.seconds)
+        self._observer.request(endpoint, _LABELS.get(answer.status, _OTHER), answer.seconds)
         return self._judge.reply(answer)
 
     # The probe of a hold.
@@ -422,8 +424,10 @@ class ControlPlaneClient:
 
 
 _LABELS = {status: str(status) for status in range(100, 600)}
+_OTHER = "other"
+"""The status as a metric's label: what is no status of HTTP is one and the same."""
 
 
-def _label(status: int) -> str:
-    """The status as a metric's label: what is no status of HTTP is one and the same."""
-    return _LABELS.get(status, "other")
+def _failure_of(answered: Retry) -> FailureCause:
+    """What went wrong with an answer that is to be asked for again."""
+    return "unconfirmed" if answered.cause is Cause.UNCONFIRMED else "status"

@@ -103,6 +103,10 @@ class Gate:
         self._log = logger
         self._observer: Observer = observer or Unobserved()
         self._holds = 0  # how many have begun
+        self._ticket = Ticket(0, 0)  # of a request that begins now
+        self._calm: Ticket | None = (
+            None  # a delivery with this one is no news: nothing has gone wrong since the last
+        )
         self._probes = 0  # since the last delivery
         self._not_found: set[str] = set()  # sessions in a row; never more than the streak
         self._error = ""  # of the last failure
@@ -169,17 +173,19 @@ class Gate:
         """The ticket of a request that starts now, or None: nothing may be sent."""
         if self.hold is not None and not despite_hold:
             return None
-        period = self.breaker.enter()
-        return None if period is None else Ticket(period, self._holds)
+        return None if self.breaker.enter() is None else self._ticket
 
     # … and ends in exactly one of these.
 
     def delivered(self, ticket: Ticket) -> None:
         """It succeeded."""
+        if ticket is self._calm:
+            return
         self.breaker.succeeded(ticket.period)
-        if self._not_found:
-            self._not_found.clear()
+        self._not_found.clear()
         self._understood(ticket)
+        if ticket is self._ticket and self.hold is None:
+            self._calm = ticket
 
     def decided(self, ticket: Ticket) -> None:
         """The ControlPlane is alive and said no to this one request."""
@@ -188,6 +194,7 @@ class Gate:
 
     def failed(self, ticket: Ticket, cause: Cause, error: str) -> None:
         """No answer, or one that says no more than that."""
+        self._calm = None
         self._error = error
         self.breaker.failed(ticket.period, cause)
 
@@ -199,6 +206,7 @@ class Gate:
 
     def turned_away(self, ticket: Ticket) -> None:
         """It answers, but not to us, in a call whose refusals hold nobody up."""
+        self._calm = None
         self.breaker.succeeded(ticket.period)
         self._connected(False)
 
@@ -210,6 +218,7 @@ class Gate:
 
     def not_found(self, ticket: Ticket, session: str, status: int) -> bool:
         """A session is not found. True: so are all others, which is no verdict on entries but a hold."""
+        self._calm = None
         self.breaker.succeeded(ticket.period)
         if len(self._not_found) < NOT_FOUND_STREAK:
             self._not_found.add(session)
@@ -241,6 +250,7 @@ class Gate:
             return
         now = self._clock()
         self._holds += 1
+        self._renew_ticket()
         self.hold = Hold(kind, detail, now)
         if self._held_since is None or self._held_since[0] != kind:
             self._held_since = (kind, now)
@@ -261,6 +271,7 @@ class Gate:
 
     def _breaker_changed(self, state: State, cause: str) -> None:
         self._observer.breaker_state(STATE_NUMBERS[state])
+        self._renew_ticket()
         if cause:
             self._observer.breaker_opened(cause)
             self._connected(False)
@@ -272,6 +283,9 @@ class Gate:
             self._unreachable_since = None
             self._log.info("control_plane.recovered", down_seconds=down)
         self._wake()
+
+    def _renew_ticket(self) -> None:
+        self._ticket = Ticket(self.breaker.period, self._holds)
 
     def _connected(self, connected: bool) -> None:
         self.connected = connected
