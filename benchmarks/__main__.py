@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import crowded, distances, footprint, latency, report, saturated, throughput
+from benchmarks import crowded, distances, footprint, latency, levels, report, saturated, throughput
 from benchmarks.contestants import AGENT, BARE, OURS, OURS_BATCH, PEERS
 from benchmarks.lab import Lab
 from benchmarks.plan import Plan, say
@@ -44,6 +44,7 @@ MEASUREMENTS: dict[str, Callable[[Lab, Plan], Any]] = {
     "idle": footprint.idle,
     "memory": footprint.memory,
     "distances": distances.measure,
+    "levels": levels.measure,
 }
 QUICK = ("ceiling", "throughput", "latency", "saturated", "dead", "takeover", "start", "idle", "distances")
 

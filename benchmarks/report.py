@@ -203,6 +203,22 @@ def _distances(found: Results) -> list[str]:
     return ["## Near and far", "", *table(head, rows)]
 
 
+def _levels(found: Results) -> list[str]:
+    contestants = [name for name in next(iter(found.values())) if name != "adaptive"]
+    rows = []
+    for name, figures in found.items():
+        adaptive = figures["adaptive"]
+        best = max(figures[one]["rate"] for one in contestants)
+        rates = (f"{figures[one]['rate']:,.0f}" for one in contestants)
+        shown = (f"{adaptive['rate']:,.0f}", f"{adaptive['rate'] / best:.2f}", f"{adaptive['level']:.0f}")
+        most = figures[contestants[-1]]["refused_percent"]
+        rows.append((name, *rates, *shown, f"{most:.1f} %, {adaptive['refused_percent']:.1f} %"))
+    fixed = (f"{one} fixed /s" for one in contestants)
+    refused = f"refused: {contestants[-1]} fixed, adaptive"
+    head = ("the ControlPlane", *fixed, "adaptive /s", "÷ best fixed", "its level", refused)
+    return ["## The level that the agent finds", "", *table(head, rows)]
+
+
 def drift(curve: Sequence[tuple[float, float]]) -> float:
     """By how much the mean of the second half of a curve exceeds that of the first, the start left out."""
     values = [mb for _, mb in curve[len(curve) // 5 :]]
@@ -225,6 +241,7 @@ SECTIONS: dict[str, Callable[[Results], list[str]]] = {
     "idle": _idle,
     "memory": _memory,
     "distances": _distances,
+    "levels": _levels,
 }
 
 
@@ -276,6 +293,15 @@ def _judge_takeover(found: Results) -> list[Bound]:
     return [Bound(what, "< 5 s", f"{seconds:.2f} s", seconds < 5)]
 
 
+def _judge_levels(found: Results) -> list[Bound]:
+    ratios = []
+    for figures in found.values():
+        best = max(figure["rate"] for name, figure in figures.items() if name != "adaptive")
+        ratios.append(figures["adaptive"]["rate"] / best)
+    worst = min(ratios)
+    return [Bound("records/s ÷ best fixed level, the worst case", "≥ 0.80", f"{worst:.2f}", worst >= 0.8)]
+
+
 def _judge_start(found: Results) -> list[Bound]:
     slowest = max(row["ready_seconds"] for row in found.values())
     heaviest = max(row["pss_mb"] for row in found.values())
@@ -313,4 +339,5 @@ JUDGES: dict[str, Callable[[Results], list[Bound]]] = {
     "start": _judge_start,
     "idle": _judge_idle,
     "memory": _judge_memory,
+    "levels": _judge_levels,
 }

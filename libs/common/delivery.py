@@ -102,7 +102,6 @@ class Delivery:
         clock: Callable[[], float],
         random: Random,
     ) -> None:
-        self.in_flight = 0
         self.hand = hand
         self.settlement = settlement
         self._handler = handler
@@ -130,6 +129,11 @@ class Delivery:
         self._reopening: asyncio.Task[None] | None = None
         self._quiet = asyncio.Event()
         self._slots: list[asyncio.Task[None]] = []
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are out."""
+        return self.level.out
 
     # -- what the loop says --------------------------------------------------------------------------
 
@@ -299,7 +303,7 @@ class Delivery:
             if self._gate.permits() <= 0:
                 self._reopen_later()
                 return None
-        if self.in_flight >= self.level.limit:
+        if self.level.out >= self.level.limit:
             self._more_later()
             return None
         if self._turn is not None and not self._turn.fresh:
@@ -318,9 +322,8 @@ class Delivery:
         return entries
 
     async def _deliver(self, entries: list[Entry]) -> None:
-        if not self.in_flight:
-            self.level.woken()
-        self.in_flight += 1
+        begun, refused = self._clock(), False
+        self.level.begun()
         for entry in entries:
             entry.in_flight = True
         try:
@@ -329,15 +332,16 @@ class Delivery:
             self._log.exception("delivery.failed", ids=[entry.id.decode() for entry in entries[:5]])
             failed = Retry(Cause.TRANSIENT, f"{type(error).__name__} in the agent")
             outcomes = [failed] * len(entries)
+        else:
+            refused = _is_refusal(outcomes[0])
         finally:
-            self.in_flight -= 1
-            if not self.in_flight:
-                self.level.rests()
+            self.level.ended(self._clock() - begun, refused)
+            if not self.level.out:
                 self._quiet.set()
         for entry, outcome in zip(entries, outcomes, strict=True):
             entry.in_flight = False
             self._end(entry, outcome)
-        if not self.in_flight:
+        if not self.level.out:
             self.settlement.hurry()
 
     async def _deliver_alone(self, entry: Entry) -> None:
@@ -493,7 +497,7 @@ class Delivery:
         self._rising = False
         limit = self.level.limit
         self.call(limit - self.in_flight)
-        if limit < self._limits.max_in_flight and self._gate.open:
+        if limit < self._limits.max_in_flight and self.in_flight and self._gate.open:
             self._more_later()  # those called fit: none of them is turned away and asks for the next step
 
     def _reopen_later(self) -> None:
@@ -508,6 +512,11 @@ class Delivery:
         self._reopening = None
         if self._turn is None or self._turn.held:
             self.call(len(self._idle))
+
+
+def _is_refusal(outcome: Outcome) -> bool:
+    """The ControlPlane, or the way to it, could not cope; a verdict on the entry is none."""
+    return isinstance(outcome, Retry) and outcome.cause in (Cause.TRANSIENT, Cause.UNCONFIRMED)
 
 
 def _lanes(handler: Handler, hand: Hand) -> Queue | Batches | Lanes:
