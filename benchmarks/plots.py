@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 Results = dict[str, Any]
@@ -84,9 +85,27 @@ def _distances(results: Results, axes: Any) -> bool:
     return bool(found)
 
 
+def _levels(results: Results, axes: Any) -> bool:
+    found = results.get("levels", {})
+    contestants = list(next(iter(found.values()), {}))
+    width = 0.8 / max(1, len(contestants))
+    for number, contestant in enumerate(contestants):
+        best = [max(row["rate"] for row in rates.values()) for rates in found.values()]
+        shares = [rates[contestant]["rate"] / most for rates, most in zip(found.values(), best, strict=True)]
+        label = contestant if contestant == "adaptive" else f"{contestant} fixed"
+        axes.bar([n + (number - 2) * width for n in range(len(found))], shares, width, label=label)
+    axes.axhline(0.8, linestyle=":", linewidth=1, color="black")
+    axes.set_xticks(range(len(found)), [fill(name, 18) for name in found], fontsize=8)
+    axes.set_ylabel("records a second ÷ the best's")
+    if found:
+        axes.legend(frameon=False, ncols=len(contestants), loc="lower center", bbox_to_anchor=(0.5, 1))
+    return bool(found)
+
+
 PLOTS: dict[str, Callable[[Results, Any], bool]] = {
     "throughput": _throughput,
     "latency": _latency,
     "memory": _memory,
     "distances": _distances,
+    "levels": _levels,
 }

@@ -2,7 +2,8 @@
 
     slow start    4, 6, 9, 13, 20, 30, 45, 64: half as many again every 50 ms, up to the good level
     trial         for one round a quarter fewer, or more; kept as the good level if that carries more
-    refusal       the breaker opens while others are answered: three quarters of the level are good from then on
+    refusal       the breaker opens at a level that was reached, while others are answered: three quarters of it
+                  are good from then on
 
 The good level is the bound at first. A slow start begins whenever nothing may be sent (an open breaker, a hold) and
 after the connections have idled away, so an outage does not end with 64 TLS handshakes at once.
@@ -21,8 +22,7 @@ Pure: the clock comes in, and what is said to it is all it knows.
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import msgspec
+from dataclasses import dataclass
 
 START = 4
 STEP = 0.05
@@ -50,7 +50,8 @@ BARELY_MORE_REFUSED = 0.05
 REST, LONGEST_REST = 10.0, 60.0
 
 
-class Round(msgspec.Struct, gc=False):
+@dataclass(slots=True)
+class Round:
     """What was heard at one level. `busy`: seconds that its requests took, all together."""
 
     began: float
@@ -68,7 +69,8 @@ class Round(msgspec.Struct, gc=False):
         return self.refused / (self.carried + self.refused)
 
 
-class Rest(msgspec.Struct, gc=False):
+@dataclass(slots=True)
+class Rest:
     """When trials in one direction are due again."""
 
     until: float = 0.0
@@ -97,6 +99,7 @@ class Level:
         self._starting = True
         self._unsettled = 0  # requests from before the round, whose answers are of another level
         self._enough = ROUND_ANSWERS
+        self._peak = 0  # requests out at once since the round began
         self._round = Round(clock())
 
     @property
@@ -118,6 +121,8 @@ class Level:
         if not self.out and self._clock() - self._rested_at > IDLE:
             self.begin_again()
         self.out += 1
+        if self.out > self._peak:
+            self._peak = self.out
 
     def ended(self, seconds: float, refused: bool) -> None:
         """It is out no more: after so many seconds, answered or refused."""
@@ -144,19 +149,19 @@ class Level:
     def begin_again(self) -> None:
         """Nothing may be sent for now, or the connections are gone: a slow start."""
         now, level, heard = self._clock(), self.limit, self._round
-        if heard.refused and heard.carried:
+        if heard.refused and heard.carried and self._peak >= SATURATED * level:
             if self._trial is not None and self._trial > self._good:
                 self._more.fail(now)  # it was the trial that was refused
             else:
                 self._good = min(self._good, max(START, int(level * FEWER)))
         self._trial = self._base = None
         self._slow_start_at, self._starting = now, True
-        self._unsettled, self._round = self.out, Round(now)
+        self._unsettled, self._peak, self._round = self.out, 0, Round(now)
 
     # -- what follows ----------------------------------------------------------------------------------
 
     def _begin_round(self) -> None:
-        self._unsettled = self.out
+        self._unsettled, self._peak = self.out, 0
         self._enough = max(ROUND_ANSWERS, 2 * (self._trial or self._good))
         self._round = Round(self._clock())
 

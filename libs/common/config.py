@@ -221,8 +221,8 @@ class ControlPlane(Struct, frozen=True, kw_only=True):
     Too large: requests end at 1 MiB anyway, and one refused record splits more."""
 
     max_in_flight: Annotated[int, kinds.whole(1, 10_000)] = 64
-    """Requests (not entries) at a time, a process. Too small: throughput is this over the answer time.
-    Too large: the ControlPlane's queue grows instead of ours."""
+    """Requests (not entries) at a time, a process, at most: fewer where the ControlPlane gives way under more.
+    Too small: throughput is this over the answer time. Too large: every start begins with a push."""
 
     not_found_hold_seconds: Annotated[float, kinds.seconds(0, 7 * 86400)] = 300
     """How long a 404 is believed to be temporary. Too small: usage dies because its session's start was late.

@@ -153,7 +153,8 @@ class Metrics:
         )
         self.in_flight = stream.gauge("dataplane_in_flight", "Requests for entries that are under way.")
         self.in_flight_limit = stream.gauge(
-            "dataplane_in_flight_limit", "How many requests for entries may be under way at once."
+            "dataplane_in_flight_limit",
+            "How many requests for entries may be under way at once: the level found, at most max_in_flight.",
         )
 
         # The stream as Redis shows it.

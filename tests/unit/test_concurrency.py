@@ -163,6 +163,19 @@ def test_while_there_is_little_to_send_nothing_is_tried(clock: Clock) -> None:
         level.ended(0.01, refused=False)
 
 
+def test_refusals_and_pauses_with_little_to_send_do_not_lower_it(clock: Clock) -> None:
+    level = Level(MOST, clock)
+    for number in range(100):
+        level.begun()
+        clock.now += 0.01
+        level.ended(0.01, refused=number % 3 == 0)
+        if number % 3 == 0:
+            level.begin_again()
+        clock.now += 2 * IDLE * (number % 2)
+    clock.now += 1
+    assert level.limit == MOST
+
+
 @pytest.mark.parametrize("seconds", [0.001, 0.02, 0.2])
 def test_near_and_far_it_carries_what_the_best_fixed_level_does(seconds: float) -> None:
     adaptive = Loop(near_or_far(seconds))
