@@ -54,7 +54,7 @@ def main() -> int:
     options = _arguments()
     names = options.names or (QUICK if options.quick else list(MEASUREMENTS))
     plan = Plan(
-        options.records or (3000 if options.quick else 20_000),
+        options.records or (3000 if options.quick else 60_000),
         options.sessions,
         options.rounds or (1 if options.quick else 5),
         options.quick,
@@ -78,7 +78,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MEASUREMENTS)}")
-    parser.add_argument("--records", type=int, help="a contestant's records a round (default 20000)")
+    parser.add_argument("--records", type=int, help="a contestant's records a round (default 60000)")
     parser.add_argument("--sessions", type=int, default=100)
     parser.add_argument("--rounds", type=int, help="default 5")
     parser.add_argument("--quick", action="store_true", help="does it work? the figures mean little")

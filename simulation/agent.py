@@ -159,7 +159,7 @@ class Agent(Process):
             self._failed(f"{self.name}'s child {name} failed: {traceback.format_exc()}")
 
 
-class _Fused:
+class _Fused(Handler):
     """The real handler, for which some entries are poison."""
 
     def __init__(self, handler: Handler, agent: Agent, fuse: Callable[[Agent, str, bytes], bool]) -> None:
@@ -173,11 +173,17 @@ class _Fused:
         self._fuse(self._agent, "decode", entry.id)
         return self._handler.decode(entry)
 
-    async def deliver(self, entries: list[Entry]) -> list[Outcome]:
+    async def deliver(self, entry: Entry) -> Outcome:
+        return (await self.deliver_batch([entry]))[0]
+
+    async def deliver_batch(self, entries: list[Entry]) -> list[Outcome]:
         for entry in entries:
             if self._fuse(self._agent, "send", entry.id):
                 await asyncio.Event().wait()
-        outcomes = await self._handler.deliver(entries)
+        one = len(entries) == 1
+        outcomes = (
+            [await self._handler.deliver(entries[0])] if one else await self._handler.deliver_batch(entries)
+        )
         for entry in entries:
             if self._fuse(self._agent, "answer", entry.id):
                 await asyncio.Event().wait()

@@ -165,9 +165,7 @@ MUTATIONS = (
     Mutation(
         "A parked head blocks its lane",
         (
-            Patch(
-                "delivery.py", "        self._lanes.block(entry)\n", "        self._lanes.finish([entry])\n"
-            ),
+            Patch("delivery.py", "        self._lanes.block(entry)\n", "        self._lanes.finish(entry)\n"),
             Patch("delivery.py", "self._lanes.unblock(entry)", "self._lanes.push(entry)"),
         ),
     ),

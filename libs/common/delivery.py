@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -52,8 +52,12 @@ class Handler(Protocol):
         Raises schemas.Invalid.
         """
 
-    async def deliver(self, entries: list[Entry]) -> list[Outcome]:
-        """Delivers entries of one lane, one outcome each, in their order."""
+    def deliver(self, entry: Entry) -> Coroutine[Any, Any, Outcome]:
+        """Delivers one entry; what became of it."""
+
+    async def deliver_batch(self, entries: list[Entry]) -> list[Outcome]:
+        """Delivers entries of one lane, one outcome each, in their order; only where `batch` is above 1."""
+        return [await self.deliver(entry) for entry in entries]
 
 
 class Tally(Counters, Protocol):
@@ -311,11 +315,12 @@ class Delivery:
             return None
         if self._quieting and self.in_flight:
             return None
-        self._quieting = bool(self._suspects)
         if self._suspects:
+            self._quieting = True
             return None if self.in_flight else [self._suspects.popleft()]
+        self._quieting = False
         entries = self._lanes.take()
-        if entries and entries[0].suspect and self.in_flight:
+        if self._turn is not None and entries and entries[0].suspect and self.in_flight:
             self._lanes.push_back(entries)
             self._quieting = True
             return None
@@ -327,7 +332,10 @@ class Delivery:
         for entry in entries:
             entry.in_flight = True
         try:
-            outcomes = await self._handler.deliver(entries)
+            if len(entries) == 1:
+                outcomes = [await self._handler.deliver(entries[0])]
+            else:
+                outcomes = await self._handler.deliver_batch(entries)
         except Exception as error:  # a fault of ours: the entries stay pending and are tried again
             self._log.exception("delivery.failed", ids=[entry.id.decode() for entry in entries[:5]])
             failed = Retry(Cause.TRANSIENT, f"{type(error).__name__} in the agent")
@@ -398,7 +406,7 @@ class Delivery:
         error = f"delivering it alone ended the process {entry.died_alone} times"
         entry.attempts = max(entry.attempts, entry.died_alone)  # each death was an attempt
         self.settlement.died(entry, Dead(Reason.POISON, error))
-        self._lanes.finish([entry])
+        self._lanes.finish(entry)
         return True
 
     def _end(self, entry: Entry, outcome: Outcome) -> None:
@@ -406,14 +414,14 @@ class Delivery:
         match outcome:
             case Delivered():
                 self.settlement.delivered(entry, outcome)  # a 2xx is a fact, whoever owns the entry by now
-                self._lanes.finish([entry])
+                self._lanes.finish(entry)
             case _ if not self.hand.holds(entry):
-                self._lanes.finish([entry])  # somebody else's by now, and theirs to end
+                self._lanes.finish(entry)  # somebody else's by now, and theirs to end
             case Dead():
                 self._proven_harmless(entry)
                 entry.attempts += 1
                 self.settlement.died(entry, outcome)  # moves to the dead-letter view with the next batch
-                self._lanes.finish([entry])
+                self._lanes.finish(entry)
             case Retry(cause=Cause.HELD):
                 self._held(entry, outcome)  # stays pending: tried again when the gate opens, uncounted
             case Retry():
@@ -446,7 +454,7 @@ class Delivery:
         decision = decide(entry, retry, self._clock(), self._limits.not_found_hold, self._random)
         if isinstance(decision, Dead):
             self.settlement.died(entry, decision)
-            self._lanes.finish([entry])
+            self._lanes.finish(entry)
             return
         self._tally.retried_entries(retry.cause)
         self._log.debug(

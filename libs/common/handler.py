@@ -8,8 +8,8 @@ from typing import Protocol
 
 from common import schemas
 from common.control_plane.client import Delivering, EntryCall
+from common.delivery import Handler
 from common.entries import Entry
-from common.outcomes import Outcome
 from common.service import Running
 
 
@@ -22,8 +22,8 @@ class Message(Protocol):
     def transaction_id(self) -> str | None: ...
 
 
-class EntryHandler(ABC):
-    """Delivers entries of one stream, one request each; `deliver_one` is what a service adds."""
+class EntryHandler(Handler, ABC):
+    """Delivers entries of one stream, one request each; `deliver` is what a service adds."""
 
     ordered = False
     batch = 1
@@ -44,11 +44,8 @@ class EntryHandler(ABC):
         entry.transaction_id = message.transaction_id or schemas.transaction_id(self._stream, entry.id, data)
         return message.api_session_id
 
-    async def deliver(self, entries: list[Entry]) -> list[Outcome]:
-        return [await self.deliver_one(entry) for entry in entries]
-
     @abstractmethod
-    def deliver_one(self, entry: Entry) -> Delivering:
+    def deliver(self, entry: Entry) -> Delivering:
         """One request, and what became of it; never raises for the network."""
 
     def call(self, entry: Entry) -> EntryCall:

@@ -31,8 +31,8 @@ class Queue:
         """The entries of the next request, or None when nothing is ready."""
         return [self._ready.popleft()] if self._ready else None
 
-    def finish(self, entries: list[Entry]) -> None:
-        """The request with these entries has ended: nothing waits behind it here."""
+    def finish(self, entry: Entry) -> None:
+        """The entry has ended for good: nothing waits behind it here."""
 
     def block(self, entry: Entry) -> None:
         """The entry is parked: nothing waits behind it here."""
@@ -79,8 +79,8 @@ class Batches:
             self._lanes[name] = lane  # to the end: the other sessions first
         return taken
 
-    def finish(self, entries: list[Entry]) -> None:
-        """The request with these entries has ended: nothing waits behind it here."""
+    def finish(self, entry: Entry) -> None:
+        """The entry has ended for good: nothing waits behind it here."""
 
     def block(self, entry: Entry) -> None:
         """The entry is parked: nothing waits behind it here."""
@@ -138,18 +138,17 @@ class Lanes:
         lane.busy = True
         return [lane.entries[0]]
 
-    def finish(self, entries: list[Entry]) -> None:
-        """The heads have ended for good: the next of their lanes may go."""
-        for entry in entries:
-            lane = self._lanes.get(entry.lane)
-            if lane is None or not lane.entries or lane.entries[0] is not entry:
-                continue
-            lane.entries.popleft()
-            lane.busy = False
-            if lane.entries:
-                self._ready.append(entry.lane)
-            else:
-                del self._lanes[entry.lane]
+    def finish(self, entry: Entry) -> None:
+        """The head has ended for good: the next of its lane may go."""
+        lane = self._lanes.get(entry.lane)
+        if lane is None or not lane.entries or lane.entries[0] is not entry:
+            return
+        lane.entries.popleft()
+        lane.busy = False
+        if lane.entries:
+            self._ready.append(entry.lane)
+        else:
+            del self._lanes[entry.lane]
 
     def block(self, entry: Entry) -> None:
         """The head is parked: what is behind it waits with it."""
@@ -179,7 +178,7 @@ class Lanes:
                 self.unblock(entry)
             if not lane.busy:
                 self._ready.remove(entry.lane)
-            self.finish([entry])
+            self.finish(entry)
 
     def clear(self) -> None:
         self._lanes.clear()

@@ -35,6 +35,7 @@ from common.figures import StreamFigures
 from common.health import health_routes, metrics_routes, port_of
 from common.metrics import Metrics
 from common.observer import Observer
+from common.one_core import OneCore
 from common.redis_border import Scripts
 from common.redis_state import RedisState
 from common.streams import Stream
@@ -207,6 +208,7 @@ async def _live(name: str, build: Build, config: Config) -> int:
     children = {
         **consumer.children(),
         "observer": observer.run,
+        "one_core": OneCore(running.clock).run,
         "contact": lambda: _contact(running),
         "probe": running.client.run_probe,
         **service.children,

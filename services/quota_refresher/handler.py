@@ -15,7 +15,7 @@ class QuotaRefresher(EntryHandler):
     def __init__(self, running: Running) -> None:
         super().__init__(running, running.config.streams.quota_refresh, schemas.quota_request)
 
-    async def deliver_one(self, entry: Entry) -> Outcome:
+    async def deliver(self, entry: Entry) -> Outcome:
         sender = self._sender
         body = schemas.refresh_body(
             entry.message,

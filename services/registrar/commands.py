@@ -24,6 +24,7 @@ import msgspec
 from common import schemas
 from common.control_plane import errors
 from common.control_plane.backoff import park_delay
+from common.delivery import Handler
 from common.entries import Entry
 from common.logs import get
 from common.outcomes import DELIVERED, DUPLICATE, Cause, Dead, Outcome, Reason, Retry
@@ -171,7 +172,7 @@ def entry_data(polled: Any) -> tuple[bytes, str] | None:
     return data, command_id
 
 
-class CommandHandler:
+class CommandHandler(Handler):
     """Carries out one command an entry; see the picture above."""
 
     ordered = False
@@ -194,12 +195,9 @@ class CommandHandler:
         entry.message, entry.transaction_id = order, order.command_id
         return order.command_id
 
-    async def deliver(self, entries: list[Entry]) -> list[Outcome]:
-        return [await self._deliver(entry.message, entry.id.decode()) for entry in entries]
-
-    async def _deliver(self, order: Order, entry_id: str) -> Outcome:
+    async def deliver(self, entry: Entry) -> Outcome:
         try:
-            return await self._carry_out(order, entry_id)
+            return await self._carry_out(entry.message, entry.id.decode())
         except RedisFault as fault:
             return Retry(Cause.TRANSIENT, str(fault))  # nothing was changed that is not remembered
         except Undecided as undecided:

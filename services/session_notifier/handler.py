@@ -17,7 +17,7 @@ class SessionNotifier(EntryHandler):
     def __init__(self, running: Running) -> None:
         super().__init__(running, running.config.streams.session_lifecycle, schemas.session_event)
 
-    async def deliver_one(self, entry: Entry) -> Outcome:
+    async def deliver(self, entry: Entry) -> Outcome:
         starts = entry.message.event_type == "start"
         encode = schemas.start_body if starts else schemas.complete_body
         post = self._client.start if starts else self._client.complete

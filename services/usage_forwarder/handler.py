@@ -45,22 +45,17 @@ class UsageForwarder(EntryHandler):
         self._recent.append(record)
         return lane
 
-    async def deliver(self, entries: list[Entry]) -> list[Outcome]:
-        if len(entries) == 1:
-            return [await self.deliver_one(entries[0])]
-        return await self._deliver_batch(entries)
-
-    def deliver_one(self, entry: Entry) -> Delivering:  # no coroutine of its own, like those it returns
+    def deliver(self, entry: Entry) -> Delivering:  # no coroutine of its own, like those it returns
         return self._client.usage_record(entry.lane, self._body(entry), self.call(entry))
 
-    async def _deliver_batch(self, entries: list[Entry]) -> list[Outcome]:
+    async def deliver_batch(self, entries: list[Entry]) -> list[Outcome]:
         """One request for all; in halves when it is refused or too long, one by one when it repeats something."""
         if len(entries) == 1:
-            return [await self.deliver_one(entries[0])]
+            return [await self.deliver(entries[0])]
         if any(
             entry.refused_before for entry in entries
         ):  # one of them is not wanted: not on account of the others
-            return [await self.deliver_one(entry) for entry in entries]
+            return [await self.deliver(entry) for entry in entries]
         body = schemas.usage_batch_body([self._body(entry) for entry in entries])
         answer: Outcome | Split = Split(one_by_one=False)
         if len(body) <= MAX_BATCH_BYTES:
@@ -69,12 +64,12 @@ class UsageForwarder(EntryHandler):
             answer = await self._client.usage_batch(entries[0].lane, body, call)
         match answer:
             case Split(one_by_one=True):
-                return [await self.deliver_one(entry) for entry in entries]
+                return [await self.deliver(entry) for entry in entries]
             case Split():
                 middle = len(entries) // 2
                 return [
-                    *await self._deliver_batch(entries[:middle]),
-                    *await self._deliver_batch(entries[middle:]),
+                    *await self.deliver_batch(entries[:middle]),
+                    *await self.deliver_batch(entries[middle:]),
                 ]
             case outcome:
                 return [outcome] * len(entries)

@@ -111,8 +111,7 @@ class Site:
         entry = command if isinstance(command, Entry) else self.entry(command)
         if entry.message is None:
             entry.lane = handler.decode(entry)
-        (outcome,) = await handler.deliver([entry])
-        return outcome
+        return await handler.deliver(entry)
 
     async def place(self, command_id: str = "cmd-1") -> Place:
         own, _ = await self.memory.recall(command_id, "")
@@ -293,9 +292,9 @@ async def test_two_entries_of_one_command_in_two_processes_run_it_once(site: Sit
     handlers = [site.handler(), site.handler()]
     for entry, handler in zip(entries, handlers, strict=True):
         entry.lane = handler.decode(entry)
-    outcomes = await asyncio.gather(*(h.deliver([e]) for h, e in zip(handlers, entries, strict=True)))
-    assert sorted(type(outcome).__name__ for (outcome,) in outcomes) == ["Delivered", "Retry"]
-    waiting = entries[0] if isinstance(outcomes[0][0], Retry) else entries[1]
+    outcomes = await asyncio.gather(*(h.deliver(e) for h, e in zip(handlers, entries, strict=True)))
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Delivered", "Retry"]
+    waiting = entries[0] if isinstance(outcomes[0], Retry) else entries[1]
     assert await site.deliver(site.handler(), waiting) == DUPLICATE
     assert (len(site.runs), len(wire.reports)) == (1, 1)
 

@@ -245,7 +245,10 @@ class Told:
         entry.transaction_id = entry.id.decode()
         return entry.data.decode().split("/")[0]
 
-    async def deliver(self, entries: list[Entry]) -> list[Outcome]:
+    async def deliver(self, entry: Entry) -> Outcome:
+        return (await self.deliver_batch([entry]))[0]
+
+    async def deliver_batch(self, entries: list[Entry]) -> list[Outcome]:
         lane = entries[0].lane
         assert {entry.lane for entry in entries} == {lane}
         ticket = self.gate.enter() if self.gate is not None else None

@@ -111,10 +111,10 @@ def test_a_session_has_one_request_at_a_time_and_sessions_go_side_by_side() -> N
     first, other, second = entries("a", "b", "a")
     held, _ = lanes(first, other, second)
     assert take_all(held) == [[first], [other]]
-    held.finish([first])
+    held.finish(first)
     assert take_all(held) == [[second]]
-    held.finish([second])
-    held.finish([other])
+    held.finish(second)
+    held.finish(other)
     assert held.take() is None
 
 
@@ -127,7 +127,7 @@ def test_an_older_entry_takes_its_place_in_its_session() -> None:
     held.push(entry(100))
     order = [first]
     while order[-1] is not fifth:
-        held.finish([order[-1]])
+        held.finish(order[-1])
         request = held.take()
         assert request is not None
         order += request
@@ -142,7 +142,7 @@ def test_ids_are_compared_as_numbers() -> None:
     held, _ = lanes(made[3], made[0], made[2], made[1])
     for one in made:
         assert held.take() == [one]
-        held.finish([one])
+        held.finish(one)
 
 
 def test_what_waits_behind_a_blocked_head_is_parked_with_it_and_returns_with_it() -> None:
@@ -197,7 +197,7 @@ def test_what_is_lost_behind_a_blocked_head_leaves_the_head_blocked() -> None:
     assert held.take() is None
     held.unblock(head)
     assert held.take() == [head]
-    held.finish([head])
+    held.finish(head)
     assert held.take() == [behind]
 
 
@@ -217,7 +217,7 @@ def test_what_ends_after_all_was_forgotten_changes_nothing() -> None:
     held.take()
     held.clear()
     held.push(second)
-    held.finish([first])
+    held.finish(first)
     assert take_all(held) == [[second]]
 
 
@@ -242,7 +242,7 @@ def test_whatever_happens_a_session_stays_in_order_with_one_request_out(seed: in
             case 4 if out:
                 done = out.pop(random.choice(list(out)))
                 hand.drop([done])
-                held.finish([done])
+                held.finish(done)
                 ended.append(done)
             case 5 if out:
                 late = out.pop(random.choice(list(out)))
@@ -266,11 +266,11 @@ def test_whatever_happens_a_session_stays_in_order_with_one_request_out(seed: in
         held.unblock(woken)
     for done in out.values():
         hand.drop([done])
-        held.finish([done])
+        held.finish(done)
         ended.append(done)
     while (request := held.take()) is not None:
         hand.drop(request)
-        held.finish(request)
+        held.finish(request[0])
         ended += request
     assert len(hand) == 0
     for lane in "abc":
