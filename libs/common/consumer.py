@@ -143,6 +143,7 @@ class Consumer:
                         if self.turn is not None and self.turn.era != self._era:
                             continue  # it comes again with all that is pending, in order
                         await self._hand_on(rows)
+                        self.delivery.expect(len(rows) == room and self._has_room())
                         if not rows:
                             await self._doorbell()
                 except RedisFault as fault:
@@ -172,18 +173,23 @@ class Consumer:
     async def _room(self) -> int:
         """For how many entries there is room; 0 after a wait for it, so that groups and turn are looked at again."""
         limits, hand = self._limits, self.hand
-        enough = max(1, min(limits.read_count, limits.capacity // 4))
         self.settlement.ended.clear()
-        free = limits.capacity - hand.active
-        if free >= enough and hand.bytes < MAX_BYTES and hand.parked < MAX_PARKED:
+        if self._has_room():
             if self._gate.open:
-                return min(limits.read_count, free)
+                return min(limits.read_count, limits.capacity - hand.active)
             if self._gate.permits() > 0 and not hand.active:
                 return 1  # half-open: one entry may be read, to see whether the ControlPlane is back
+        self.delivery.expect(False)
         shut = not self._gate.open and self._gate.permits() <= 0
         with self._cut_short_by_stop():
             await within(limits.doorbell, self._gate.wait() if shut else self.settlement.ended.wait())
         return 0
+
+    def _has_room(self) -> bool:
+        limits, hand = self._limits, self.hand
+        enough = max(1, min(limits.read_count, limits.capacity // 4))
+        free = limits.capacity - hand.active
+        return free >= enough and hand.bytes < MAX_BYTES and hand.parked < MAX_PARKED
 
     async def _intake(self, room: int) -> list[Row]:
         """What others left, when it is time to look; else what is new."""
@@ -320,6 +326,7 @@ class Consumer:
         """What a fault of Redis means to every task here; returns the seconds to wait."""
         if isinstance(fault, GroupGone):
             self._groups_made = False
+        self.delivery.expect(False)  # nothing is read for now
         return self._redis_state.failed(fault)
 
     async def _back_off(self, fault: RedisFault) -> None:

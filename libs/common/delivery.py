@@ -173,6 +173,13 @@ class Delivery:
                 future.set_result(None)
                 n -= 1
 
+    def expect(self, more: bool) -> None:
+        """Whether more is about to be read, so that requests for several entries may wait until they are full."""
+        if isinstance(self._lanes, Batches) and self._lanes.filling is not more:
+            self._lanes.filling = more
+            if not more:
+                self.call(len(self._idle))
+
     def lost(self, entries: list[Entry]) -> None:
         """These are somebody else's by now: they leave the hand; a request that is out runs to its end."""
         self._log.warning(

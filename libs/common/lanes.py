@@ -60,6 +60,8 @@ class Batches:
     """Ready entries of a stream without order, up to `batch` of one session a request."""
 
     def __init__(self, batch: int) -> None:
+        self.filling = False
+        """More is being read: a session whose turn it is waits until its request is full."""
         self._batch = batch
         self._lanes: dict[str, deque[Entry]] = {}  # in the order in which their turn comes
 
@@ -73,6 +75,8 @@ class Batches:
         if not self._lanes:
             return None
         name = next(iter(self._lanes))
+        if self.filling and len(self._lanes[name]) < self._batch:
+            return None
         lane = self._lanes.pop(name)
         taken = [lane.popleft() for _ in range(min(self._batch, len(lane)))]
         if lane:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,8 @@ BUSY, CALM = 0.5, 0.25
 
 ALWAYS, ENOUGH = 0.9, 0.7
 """Share of the time in which a thread could run, and cores used below which it was starved meanwhile."""
+
+WATCHED = 2
 
 REST = 30.0
 """Seconds apart after a starved time together."""
@@ -68,7 +70,7 @@ class OneCore:
         self._allowed = _allowed()
         self._looked_at = clock()
         self._used = time.process_time()
-        self._threads: dict[str, int] = {}
+        self._watched: dict[str, int] = {}
         self._apart_until = 0.0
         self._log = get("one_core")
 
@@ -94,9 +96,10 @@ class OneCore:
         self._looked_at, self._used = now, used
         if not self.together and (use.cores < BUSY or now < self._apart_until):
             return
-        before, self._threads = self._threads, _could_run()
-        longest = max((ns - before.get(thread, ns) for thread, ns in self._threads.items()), default=0)
-        use = use._replace(wanted=longest / 1e9 / seconds)
+        if self.together:
+            before, self._watched = self._watched, _could_run(self._watched)
+            longest = max((ns - before[thread] for thread, ns in self._watched.items()), default=0)
+            use = use._replace(wanted=longest / 1e9 / seconds)
         if belongs_together(self.together, use) == self.together:
             return
         if self.together and is_starved(use):
@@ -104,12 +107,13 @@ class OneCore:
         cores = self._allowed if self.together else {_core_of_the_loop()}
         self._place(cores)
         self.together = not self.together
+        self._watched = _busiest() if self.together else {}
         self._log.debug(
             "one_core.changed", together=self.together, cores=sorted(cores), used=round(use.cores, 2)
         )
 
     def _place(self, cores: set[int]) -> None:
-        for thread in self._threads:  # one that is made later takes after the one that makes it
+        for thread in os.listdir(_TASKS):  # one that is made later takes after the one that makes it
             try:
                 os.sched_setaffinity(int(thread), cores)
             except ProcessLookupError:  # it has ended meanwhile
@@ -120,17 +124,24 @@ def _allowed() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
-def _could_run() -> dict[str, int]:
+def _busiest() -> dict[str, int]:
+    """The WATCHED threads that could run for longest so far; the others, of which there are dozens, hardly ever do."""
+    found = _could_run(os.listdir(_TASKS))
+    if not any(found.values()):
+        raise ValueError("this system keeps no account of threads")
+    busiest = sorted(found, key=lambda thread: found[thread])[-WATCHED:]
+    return {thread: found[thread] for thread in busiest}
+
+
+def _could_run(threads: Iterable[str]) -> dict[str, int]:
     """Nanoseconds for which each thread ran or waited for a core so far."""
     found = {}
-    for thread in os.listdir(_TASKS):
+    for thread in threads:
         try:
             ran, waited, _ = (_TASKS / thread / "schedstat").read_text().split()
         except FileNotFoundError:  # it has ended meanwhile
             continue
         found[thread] = int(ran) + int(waited)
-    if not any(found.values()):
-        raise ValueError("this system keeps no account of threads")
     return found
 
 

@@ -231,9 +231,12 @@ def usage_body(record: UsageRecord, stamp: bytes) -> bytes:
     return _encode(record)[:-1] + stamp
 
 
-def usage_batch_body(bodies: Iterable[bytes]) -> bytes:
-    """The body of POST …/usage-records for several records of one session, each from `usage_body`."""
-    return b'{"usage_records":[' + b",".join(bodies) + b"]}"
+def usage_batch_body(records: Iterable[UsageRecord], stamp: bytes) -> bytes:
+    """The body of POST …/usage-records for several records of one session, each as `usage_body` has it.
+
+    JSON has no line break of its own, so where a line ends a record does.
+    """
+    return b'{"usage_records":[' + _encode_lines(records).replace(b"}\n", stamp + b",")[:-1] + b"]}"
 
 
 def start_body(
@@ -371,6 +374,7 @@ _COMMAND = msgspec.json.Decoder(Command)
 _MEMBERS = msgspec.json.Decoder(dict[str, Raw])
 _ANY = msgspec.json.Decoder()
 _encode = msgspec.json.Encoder().encode
+_encode_lines = msgspec.json.Encoder().encode_lines
 
 _EVENT_TYPES = {
     "start": "start",
@@ -394,6 +398,8 @@ _RFC_3339 = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?"
     r"(?:[Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 ).fullmatch
+_PUNCTUATION = slice(4, 20, 3)
+_UTC = ("Z", "+00:00")
 _SECOND = slice(17, 19)
 _ONE_SECOND = timedelta(seconds=1)
 
@@ -480,6 +486,11 @@ def _check_numbers(field: str, value: Raw) -> None:
 
 def _instant(field: str, text: str) -> datetime:
     """The instant that an RFC 3339 timestamp names."""
+    if text[_PUNCTUATION] == "--T::." and text[20:21].isdigit() and text.endswith(_UTC):
+        try:
+            return datetime.fromisoformat(text)  # as almost all are: half of the cost
+        except ValueError:
+            pass
     if _RFC_3339(text) is None:
         raise Invalid(f"{field}: expected an RFC 3339 timestamp with an offset")
     try:

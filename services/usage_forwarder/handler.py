@@ -33,7 +33,7 @@ class UsageForwarder(EntryHandler):
         self.batch = running.config.control_plane.usage_batch_size
         self._metrics = running.metrics
         self._recent: deque[schemas.UsageRecord] = deque(maxlen=RECENT)
-        self._stamped = ""  # the moment of the stamp
+        self._stamp_of = ""  # the moment that is in the stamp
         self._stamp = b""
 
     def decode(self, entry: Entry) -> str:
@@ -46,7 +46,8 @@ class UsageForwarder(EntryHandler):
         return lane
 
     def deliver(self, entry: Entry) -> Delivering:  # no coroutine of its own, like those it returns
-        return self._client.usage_record(entry.lane, self._body(entry), self.call(entry))
+        body = schemas.usage_body(entry.message, self._stamped())
+        return self._client.usage_record(entry.lane, body, self.call(entry))
 
     async def deliver_batch(self, entries: list[Entry]) -> list[Outcome]:
         """One request for all; in halves when it is refused or too long, one by one when it repeats something."""
@@ -56,7 +57,7 @@ class UsageForwarder(EntryHandler):
             entry.refused_before for entry in entries
         ):  # one of them is not wanted: not on account of the others
             return [await self.deliver(entry) for entry in entries]
-        body = schemas.usage_batch_body([self._body(entry) for entry in entries])
+        body = schemas.usage_batch_body([entry.message for entry in entries], self._stamped())
         answer: Outcome | Split = Split(one_by_one=False)
         if len(body) <= MAX_BATCH_BYTES:
             key = schemas.batch_key([entry.transaction_id for entry in entries])
@@ -74,17 +75,16 @@ class UsageForwarder(EntryHandler):
             case outcome:
                 return [outcome] * len(entries)
 
-    def _body(self, entry: Entry) -> bytes:
+    def _stamped(self) -> bytes:
+        """Who sends it, and that it is now."""
         now = self._timestamp()
-        if now != self._stamped:  # under load several records share a millisecond
-            sender = self._sender
-            self._stamped, self._stamp = (
-                now,
-                schemas.usage_stamp(
-                    sender.server_instance_id, sender.api_server_region, now, sender.agent_version
-                ),
+        if now != self._stamp_of:  # under load several records share a millisecond
+            who = self._sender
+            self._stamp_of = now
+            self._stamp = schemas.usage_stamp(
+                who.server_instance_id, who.api_server_region, now, who.agent_version
             )
-        return schemas.usage_body(entry.message, self._stamp)
+        return self._stamp
 
     def estimate(self, figures: StreamFigures) -> None:
         """Tells the metrics what the undelivered records are probably worth."""

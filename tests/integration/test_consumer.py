@@ -289,6 +289,27 @@ async def test_what_was_held_is_delivered_when_the_gate_opens_and_costs_no_attem
 # -- batches -----------------------------------------------------------------------------------------
 
 
+async def test_while_more_is_to_be_read_requests_are_full_and_what_is_left_over_does_not_wait(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    handler = Told(batch=10)
+    await lay(redis, backlog=[])
+    await add(redis, *["many"] * 35, *["few"] * 3)
+    async with consuming(redis_server.port, handler, read_count=5):
+        await settled(redis, 38)
+    assert sorted(len(request) for request in handler.begun) == [3, 5, 10, 10, 10]
+
+
+async def test_sessions_of_which_none_fills_a_request_are_delivered_all_the_same(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    handler = Told(batch=10)
+    await lay(redis, backlog=[])
+    await add(redis, *(f"session-{n}" for n in range(100)))
+    async with consuming(redis_server.port, handler, read_count=5, max_in_flight=2):
+        await settled(redis, 100)
+
+
 async def test_a_batch_carries_entries_of_one_session_and_every_session_gets_its_share(
     redis: Redis, redis_server: RedisServer
 ) -> None:

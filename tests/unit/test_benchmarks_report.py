@@ -77,7 +77,7 @@ def test_the_length_of_a_body_tells_how_many_records_it_carries(number: int) -> 
     stamp = schemas.usage_stamp("benchmark", "local", "2026-01-01T00:00:00.000+00:00", "0.1.0")
     body = schemas.usage_body(record, stamp)
     assert len(body) == load.body_length("benchmark", "local", "0.1.0")
-    sent = body if number == 1 else schemas.usage_batch_body([body] * number)
+    sent = body if number == 1 else schemas.usage_batch_body([record] * number, stamp)
     assert records_in(len(sent), len(body)) == number
 
 

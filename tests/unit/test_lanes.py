@@ -83,6 +83,18 @@ def test_what_is_lost_is_not_taken(queue: Queue | Batches) -> None:
     assert queue.take() is None
 
 
+def test_while_more_is_read_a_request_waits_until_it_is_full() -> None:
+    batches = Batches(2)
+    batches.filling = True
+    batches.push(entry(1, "a"))
+    assert batches.take() is None
+    batches.push(entry(2, "a"))
+    assert [one.id for one in batches.take() or ()] == [b"1-0", b"2-0"]
+    batches.push(entry(3, "a"))
+    batches.filling = False
+    assert [one.id for one in batches.take() or ()] == [b"3-0"]
+
+
 def test_a_batch_is_of_one_session_and_no_larger_than_told() -> None:
     queue = Batches(3)
     held = entries("a", "b", "a", "a", "b", "a")

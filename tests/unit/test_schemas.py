@@ -63,12 +63,12 @@ def written(name: str) -> bytes:
     transaction_id = {
         message: golden(message)["transaction_id"] for message in READERS if message != "command"
     }
-    usage_body = schemas.usage_body(usage, schemas.usage_stamp(*SERVER, SENT_AT, "0.1.0"))
+    stamp = schemas.usage_stamp(*SERVER, SENT_AT, "0.1.0")
     match name:
         case "usage_body":
-            return usage_body
+            return schemas.usage_body(usage, stamp)
         case "usage_batch_body":
-            return schemas.usage_batch_body([usage_body, usage_body])
+            return schemas.usage_batch_body([usage, usage], stamp)
         case "start_body":
             return schemas.start_body(start, transaction_id["session_start"], *SERVER, SENT_AT, "0.1.0")
         case "complete_body":
