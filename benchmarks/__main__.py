@@ -68,10 +68,18 @@ def main() -> int:
             for name in names:
                 say(f"{name}:")
                 results[name] = MEASUREMENTS[name](lab, plan)
+                _keep(results, options.out)  # a later measurement may fail
     except (AssertionError, TimeoutError, RuntimeError) as error:
         say(f"benchmarks: {error}")
         return 1
-    _write(results, options.out, options.publish)
+    if options.publish:
+        _publish(results)
+    say()
+    say(report.markdown(results))
+    say(
+        f"written: {options.out}/results.json, {options.out}/results.md"
+        + (", docs/performance.md" if options.publish else "")
+    )
     return 0
 
 
@@ -108,19 +116,17 @@ def _meta(lab: Lab, plan: Plan) -> dict[str, object]:
     }
 
 
-def _write(results: dict[str, Any], out: Path, publish: bool) -> None:
+def _keep(results: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results))
-    page = report.markdown(results)
-    (out / "results.md").write_text(page)
-    say()
-    say(page)
-    if publish:
-        from benchmarks import plots
+    (out / "results.md").write_text(report.markdown(results))
 
-        drawn = plots.draw(results, DOCS / "performance")
-        (DOCS / "performance.md").write_text(report.markdown(results, drawn))
-    say(f"written: {out}/results.json, {out}/results.md" + (", docs/performance.md" if publish else ""))
+
+def _publish(results: dict[str, Any]) -> None:
+    from benchmarks import plots
+
+    drawn = plots.draw(results, DOCS / "performance")
+    (DOCS / "performance.md").write_text(report.markdown(results, drawn))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,11 @@ FIXED = (1, 8, 16, 64)
 MOST = 64
 ADAPTIVE = "adaptive"
 GIVES_WAY_ABOVE = 16
-ROUNDS = 2
+ROUNDS = 1
+"""They differ little: it is the ControlPlane that takes its time."""
+
+FASTEST = 25_000
+"""Records a second that no contestant carries."""
 
 SINKS: dict[str, tuple[float, dict[str, int]]] = {
     "1 ms": (0.001, {}),
@@ -59,7 +63,7 @@ def measure(lab: Lab, plan: Plan) -> dict[str, Any]:
 def _carry(lab: Lab, plan: Plan, sink: SlowSink, delay: float, fixed: int | None) -> dict[str, float]:
     before, seconds = plan.size(2, 6, 6), plan.size(2, 8, 8)
     lab.clear()
-    load.fill(lab.redis, round(min(10_000, 1.5 * MOST / delay) * (before + seconds)), plan.sessions)
+    load.fill(lab.redis, round(min(FASTEST, 1.5 * MOST / delay) * (before + seconds)), plan.sessions)
     with _start(lab, sink, fixed) as process:
         ports = {event["key"]: event["port"] for event in process.await_events("service.listening", 2)}
         process.await_events("service.ready")
