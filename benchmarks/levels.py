@@ -18,15 +18,11 @@ from benchmarks.lab import Lab
 from benchmarks.plan import Plan, say
 from benchmarks.processes import Process
 from benchmarks.sink import SlowSink
-from benchmarks.statistics import medians
 
 FIXED = (1, 8, 16, 64)
 MOST = 64
 ADAPTIVE = "adaptive"
 GIVES_WAY_ABOVE = 16
-ROUNDS = 1
-"""They differ little: it is the ControlPlane that takes its time."""
-
 FASTEST = 25_000
 """Records a second that no contestant carries."""
 
@@ -45,16 +41,14 @@ _level = re.compile(rb"^dataplane_in_flight_limit\{.*\} (\S+)$", re.MULTILINE)
 
 
 def measure(lab: Lab, plan: Plan) -> dict[str, Any]:
-    """Per ControlPlane and contestant the median of rate, refusals a hundred answers, and the level at the end."""
+    """Per ControlPlane and contestant, in one round: the rate, refusals a hundred answers, and the mean level."""
     found: dict[str, Any] = {}
     for name, (delay, manner) in SINKS.items():
-        runs: dict[str, list[dict[str, float]]] = {}
-        for _ in range(min(ROUNDS, plan.rounds)):
-            for fixed in (*FIXED, None):
-                with lab.slow_sink(delay, **manner) as sink:
-                    figures = _carry(lab, plan, sink, delay, fixed)
-                runs.setdefault(ADAPTIVE if fixed is None else str(fixed), []).append(figures)
-        found[name] = {contestant: medians(figures) for contestant, figures in runs.items()}
+        found[name] = {}
+        for fixed in (*FIXED, None):
+            with lab.slow_sink(delay, **manner) as sink:
+                figures = _carry(lab, plan, sink, delay, fixed)
+            found[name][ADAPTIVE if fixed is None else str(fixed)] = figures
         rates = ", ".join(f"{one} {row['rate']:.0f}/s" for one, row in found[name].items())
         say(f"  {name}: {rates} (at level {found[name][ADAPTIVE]['level']:.0f})")
     return found

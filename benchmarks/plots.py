@@ -38,7 +38,7 @@ def _throughput(results: Results, axes: Any) -> bool:
     rows = sorted(rates.items(), key=lambda row: row[1])
     bars = axes.barh([title for title, _ in rows], [rate for _, rate in rows])
     axes.bar_label(bars, fmt="{:,.0f}", padding=3)
-    axes.set_xlabel("records a second, one run after the other on one machine")
+    axes.set_xlabel("records a second")
     axes.margins(x=0.15)
     return bool(rows)
 
