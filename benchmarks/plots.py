@@ -24,7 +24,9 @@ def draw(results: Results, directory: Path) -> list[str]:
         figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
         if plot(results, axes):
             axes.spines[["top", "right"]].set_visible(False)
-            figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
+            figure.savefig(
+                directory / f"{name}.svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            )
             names.append(f"{name}.svg")
         pyplot.close(figure)
     return names

@@ -103,7 +103,9 @@ def at_times_failing(seconds: float, share: float) -> Plane:
 
 def noisy(seconds: float) -> Plane:
     """A machine whose pace changes from one half second to the next, by up to three times."""
-    return lambda in_hand, now: seconds * (1 + 2 * Random(int(now * 2)).random())
+    random = Random(7)
+    paces = [1 + 2 * random.random() for _ in range(1000)]
+    return lambda in_hand, now: seconds * paces[int(now * 2) % 1000]
 
 
 def best_fixed(plane: Callable[[], Plane]) -> float:
@@ -220,13 +222,13 @@ def test_one_that_is_slow_for_a_while_gets_no_fewer() -> None:
     assert adaptive.run(20) >= 0.95 * MOST / 0.02
 
 
-@pytest.mark.parametrize("seconds", [0.005, 0.05])
+@pytest.mark.parametrize("seconds", [0.02, 0.2])
 def test_where_the_pace_changes_all_the_time_it_carries_nearly_what_a_fixed_level_does(
     seconds: float,
 ) -> None:
     adaptive = Loop(noisy(seconds))
     adaptive.run(10)
-    assert adaptive.run(300) >= 0.8 * Loop(noisy(seconds), MOST).run(310)
+    assert adaptive.run(120) >= 0.8 * Loop(noisy(seconds), MOST).run(130)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.3])
