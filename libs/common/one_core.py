@@ -2,8 +2,8 @@
 
 The event loop's thread and the HTTP library's take turns: one hands requests over, the other brings the answers, and
 Python's lock lets only one of them go on. On two cores every hand-over wakes a core that has just gone to sleep, and
-carries what both work on from one cache to the other. On one core a record costs a quarter less processor time, and
-a fifth more of them are carried (`python -m benchmarks throughput`, with and without).
+carries what both work on from one cache to the other. On one core a record costs a fifth less processor time, and
+a fifth more of them are carried (measured: docs/decisions/0008-a-busy-process-keeps-to-one-core.md).
 
     apart      as the system has it              half a core used     ─▶ together
     together   on the core the loop was on       a quarter, or starved ─▶ apart
