@@ -138,14 +138,14 @@ class Consumer:
             while not self._stopped:
                 try:
                     await self._prepare()
-                    if room := await self._room():
-                        rows = await self._intake(room)
-                        if self.turn is not None and self.turn.era != self._era:
-                            continue  # it comes again with all that is pending, in order
-                        await self._hand_on(rows)
-                        self.delivery.expect(len(rows) == room and self._has_room())
-                        if not rows:
+                    if room := self._room():
+                        read = await self._read_on(room)
+                        self.delivery.expect(read == room and self._has_room())
+                        if not read:
                             await self._doorbell()
+                    else:
+                        await self._take_on()
+                        await self._until_room()
                 except RedisFault as fault:
                     self._orphans = True  # what it read or took may be ours without our knowing
                     self._late = True  # or will be, when it gets there
@@ -162,16 +162,15 @@ class Consumer:
             await self._make_groups()
         if self.turn is not None:
             await self._take_turn(self.turn)
-        await self._take_on()
         if self._orphans:
             await self._fence()
-            await self._hand_on(await self._reclaimer.recover())
+            self._hold(await self._reclaimer.recover())
             self._orphans = False
         if self.ready_at is None:
             self.ready_at = self._clock()
 
-    async def _room(self) -> int:
-        """For how many entries there is room; 0 after a wait for it, so that groups and turn are looked at again."""
+    def _room(self) -> int:
+        """How many entries may be read now."""
         limits, hand = self._limits, self.hand
         self.settlement.ended.clear()
         if self._has_room():
@@ -179,11 +178,14 @@ class Consumer:
                 return min(limits.read_count, limits.capacity - hand.active)
             if self._gate.permits() > 0 and not hand.active:
                 return 1  # half-open: one entry may be read, to see whether the ControlPlane is back
+        return 0
+
+    async def _until_room(self) -> None:
+        """Returns when there may be room, and now and then, so that groups and turn are looked at again."""
         self.delivery.expect(False)
         shut = not self._gate.open and self._gate.permits() <= 0
         with self._cut_short_by_stop():
-            await within(limits.doorbell, self._gate.wait() if shut else self.settlement.ended.wait())
-        return 0
+            await within(self._limits.doorbell, self._gate.wait() if shut else self.settlement.ended.wait())
 
     def _has_room(self) -> bool:
         limits, hand = self._limits, self.hand
@@ -191,8 +193,25 @@ class Consumer:
         free = limits.capacity - hand.active
         return free >= enough and hand.bytes < MAX_BYTES and hand.parked < MAX_PARKED
 
-    async def _intake(self, room: int) -> list[Row]:
-        """What others left, when it is time to look; else what is new."""
+    async def _read_on(self, room: int) -> int:
+        """Reads, and meanwhile takes on what the read before brought: Redis and we work at the same time."""
+        reading = asyncio.create_task(self._intake(room))
+        try:
+            await asyncio.sleep(0)  # the request is out
+            await self._take_on()
+        finally:
+            read = await reading
+        return read
+
+    async def _intake(self, room: int) -> int:
+        """Holds what others left, when it is time to look, else what is new; returns how much that was."""
+        rows = await self._rows(room)
+        if self.turn is not None and self.turn.era != self._era:
+            return 0  # it comes again with all that is pending, in order
+        self._hold(rows)
+        return len(rows)
+
+    async def _rows(self, room: int) -> list[Row]:
         if self._reclaimer.due_in <= 0:
             await self._lease.catch_up()
             fits = max(1, (MAX_BYTES - self.hand.bytes) // MAX_ENTRY_BYTES)
@@ -216,30 +235,25 @@ class Consumer:
         self._last_id = reply[0] or self._last_id
         return list(reply[1:])
 
-    async def _hand_on(self, rows: list[Row]) -> None:
-        """Each new row becomes an entry in hand; what is in hand already has been ours all along."""
+    def _hold(self, rows: list[Row]) -> None:
+        """Each row of an entry that is not in hand yet becomes one; it is taken on while the next are read."""
         now = self._clock()
-        entries = [Entry.of(row, now) for row in rows if row[0] not in self.hand]
-        for entry in entries:
-            self.hand.take(entry)  # all at once: their lease is kept from here on
+        entries = [Entry.of(row, now) for row in self.hand.unheld(rows)]
+        self.hand.take(entries)
         self._untaken.extend(entries)
-        await self._take_on()
 
     async def _take_on(self) -> None:
         """What is in hand goes on its way to a slot; after a fault the rest waits for the next time."""
-        taken = 0
-        while self._untaken:
-            entry = self._untaken.popleft()
-            if entry.suspect:
+        untaken = self._untaken
+        while untaken:
+            self.delivery.take(_up_to_a_suspect(untaken))
+            if untaken:
+                suspect = untaken.popleft()
                 try:
-                    await self.delivery.take_suspect(entry)
+                    await self.delivery.take_suspect(suspect)
                 except RedisFault:
-                    self._untaken.appendleft(entry)
+                    untaken.appendleft(suspect)
                     raise
-            else:
-                self.delivery.take(entry)
-            taken += 1
-        self.delivery.call(taken)
 
     async def _doorbell(self) -> None:
         """Waits for something new without reading it: no side effect, so a stop may cut it short."""
@@ -292,7 +306,7 @@ class Consumer:
             if self._beginnings == beginnings:
                 self._era = era
                 self._orphans = False
-                await self._hand_on(rows)
+                self._hold(rows)
 
     async def _fence(self) -> None:
         """In order, a read that was given up and is still under way must not deliver behind what is found now."""
@@ -390,3 +404,9 @@ class Consumer:
             yield
         finally:
             self._interruptible = False
+
+
+def _up_to_a_suspect(entries: deque[Entry]) -> Iterator[Entry]:
+    """Takes them out of the deque, one by one."""
+    while entries and not entries[0].suspect:
+        yield entries.popleft()

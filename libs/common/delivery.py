@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from random import Random
 from typing import Any, Protocol
@@ -149,10 +149,17 @@ class Delivery:
             if not slot.cancelled():
                 slot.result()
 
-    def take(self, entry: Entry) -> None:
-        """Takes on an entry in hand that is no suspect: it is on its way to a slot, or dead on arrival."""
-        if self.hand.holds(entry):  # else lost while others were taken on
-            self._route(entry, self._decode(entry))
+    def take(self, entries: Iterable[Entry]) -> None:
+        """Takes on entries in hand that are no suspects: each is on its way to a slot, or dead on arrival."""
+        holds, decode, push = self.hand.holds, self._decode, self._lanes.push
+        for entry in entries:
+            if not holds(entry):  # lost while others were taken on
+                continue
+            if (dead := decode(entry)) is None:
+                push(entry)
+            else:
+                self.settlement.died(entry, dead)
+        self.call(self._lanes.ready)
 
     async def take_suspect(self, entry: Entry) -> None:
         """Takes on a suspect in hand. Raises RedisFault."""
@@ -163,6 +170,7 @@ class Delivery:
         else:
             self._suspects.append(entry)
             self.hand.park(entry, True)
+        self.call(1)
 
     def call(self, n: int) -> None:
         """Calls up to `n` idle slots: there is something to take."""
@@ -175,10 +183,9 @@ class Delivery:
 
     def expect(self, more: bool) -> None:
         """Whether more is about to be read, so that requests for several entries may wait until they are full."""
-        if isinstance(self._lanes, Batches) and self._lanes.filling is not more:
-            self._lanes.filling = more
-            if not more:
-                self.call(len(self._idle))
+        self._lanes.expect(more)
+        if not more:
+            self.call(self._lanes.ready)
 
     def lost(self, entries: list[Entry]) -> None:
         """These are somebody else's by now: they leave the hand; a request that is out runs to its end."""
@@ -268,7 +275,7 @@ class Delivery:
             fetched.correlation_id,
             fetched.traceparent,
         )
-        self.hand.resize(entry, fetched.carried)
+        self.hand.resize(entry, fetched.size)
         return True
 
     def _decode(self, entry: Entry) -> Dead | None:
@@ -353,9 +360,14 @@ class Delivery:
             self.level.ended(self._clock() - begun, refused)
             if not self.level.out:
                 self._quiet.set()
-        for entry, outcome in zip(entries, outcomes, strict=True):
+        for entry in entries:
             entry.in_flight = False
-            self._end(entry, outcome)
+        first = outcomes[0]
+        if isinstance(first, Delivered) and outcomes.count(first) == len(entries):
+            self._delivered(entries, first)
+        else:
+            for entry, outcome in zip(entries, outcomes, strict=True):
+                self._end(entry, outcome)
         if not self.level.out:
             self.settlement.hurry()
 
@@ -420,8 +432,7 @@ class Delivery:
         """What becomes of an entry after its delivery."""
         match outcome:
             case Delivered():
-                self.settlement.delivered(entry, outcome)  # a 2xx is a fact, whoever owns the entry by now
-                self._lanes.finish(entry)
+                self._delivered([entry], outcome)
             case _ if not self.hand.holds(entry):
                 self._lanes.finish(entry)  # somebody else's by now, and theirs to end
             case Dead():
@@ -433,6 +444,11 @@ class Delivery:
                 self._held(entry, outcome)  # stays pending: tried again when the gate opens, uncounted
             case Retry():
                 self._retry(entry, outcome)  # stays pending: parked until its next attempt
+
+    def _delivered(self, entries: list[Entry], outcome: Delivered) -> None:
+        self.settlement.delivered(entries, outcome)  # a 2xx is a fact, whoever owns the entries by now
+        for entry in entries:
+            self._lanes.finish(entry)
 
     def _held(self, entry: Entry, retry: Retry) -> None:
         if entry.suspect:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import msgspec
@@ -29,6 +29,7 @@ class Entry(msgspec.Struct, eq=False, gc=False):
     traceparent: str | None
     deliveries: int
     leased_at: float
+    size: int = 0  # bytes of payload it came with; the data is gone as soon as it is decoded
     message: Any = None  # decoded by the handler
     lane: str = ""  # the session, for lanes and batches
     transaction_id: str = ""
@@ -42,30 +43,26 @@ class Entry(msgspec.Struct, eq=False, gc=False):
     in_flight: bool = False  # a request is out for it
     ended: bool = False  # it has its verdict, and waits for the settlement
     parked: bool = False
-    size: int = 0  # in the hand; the data is gone as soon as it is decoded
 
     @classmethod
     def of(cls, row: Row, now: float) -> Self:
         """The entry a script returned, leased from `now`; header fields that are not well formed are dropped."""
-        entry_id, data, correlation_id, traceparent = row[:4]
+        is_new = len(row) == 4
+        entry_id, data, correlation_id, traceparent = row if is_new else row[:4]
         return cls(
             entry_id,
             data,
             "" if correlation_id is None else schemas.correlation_id(correlation_id) or "",
             None if traceparent is None else schemas.traceparent(traceparent),
-            row[4] if len(row) > 4 else FIRST_READ,
+            FIRST_READ if is_new else row[4],
             now,
+            len(data) if isinstance(data, bytes) else 0,
         )
 
     @property
     def added_at(self) -> float:
         """When it was added, in Unix seconds: its id says so."""
         return int(self.id.partition(b"-")[0]) / 1000
-
-    @property
-    def carried(self) -> int:
-        """Bytes of payload it came with."""
-        return len(self.data) if isinstance(self.data, bytes) else 0
 
     @property
     def suspect(self) -> bool:
@@ -106,9 +103,17 @@ class Hand:
         """Whether this very object is held: after a lost turn the same id may have been taken anew."""
         return self._entries.get(entry.id) is entry
 
-    def take(self, entry: Entry) -> None:
-        self._entries[entry.id] = entry
-        entry.size = size = entry.carried
+    def unheld(self, rows: Iterable[Row]) -> list[Row]:
+        """Those of entries that are not held; the others have been ours all along."""
+        held = self._entries
+        return [row for row in rows if row[0] not in held]
+
+    def take(self, entries: Sequence[Entry]) -> None:
+        """Holds them all at once: their lease is kept from here on."""
+        held, size = self._entries, 0
+        for entry in entries:
+            held[entry.id] = entry
+            size += entry.size
         self.bytes += size
 
     def resize(self, entry: Entry, size: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from common import schemas
-from common.control_plane.client import Delivering, EntryCall
+from common.control_plane.client import Delivering
 from common.delivery import Handler
 from common.entries import Entry
 from common.service import Running
@@ -47,9 +47,3 @@ class EntryHandler(Handler, ABC):
     @abstractmethod
     def deliver(self, entry: Entry) -> Delivering:
         """One request, and what became of it; never raises for the network."""
-
-    def call(self, entry: Entry) -> EntryCall:
-        """What goes beside the body: the same key at every repetition."""
-        return EntryCall(
-            entry.transaction_id, entry.correlation_id, entry.traceparent, refused_before=entry.refused_before
-        )

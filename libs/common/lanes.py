@@ -14,14 +14,33 @@ from collections.abc import Callable, Iterable
 from common.entries import Entry
 
 
-class Queue:
+class _WithoutOrder:
+    """Nothing waits behind an entry."""
+
+    def finish(self, entry: Entry) -> None:
+        """The entry has ended for good."""
+
+    def block(self, entry: Entry) -> None:
+        """The entry is parked."""
+
+
+class Queue(_WithoutOrder):
     """Ready entries of a stream without order, one entry a request: first come, first served."""
 
     def __init__(self) -> None:
         self._ready: deque[Entry] = deque()
 
+    @property
+    def ready(self) -> int:
+        """How many requests could be sent."""
+        return len(self._ready)
+
     def push(self, entry: Entry) -> None:
         self._ready.append(entry)
+
+    def unblock(self, entry: Entry) -> None:
+        """It may be tried again."""
+        self.push(entry)
 
     def push_back(self, entries: list[Entry]) -> None:
         """Puts entries that were taken and not sent back to the front."""
@@ -31,14 +50,8 @@ class Queue:
         """The entries of the next request, or None when nothing is ready."""
         return [self._ready.popleft()] if self._ready else None
 
-    def finish(self, entry: Entry) -> None:
-        """The entry has ended for good: nothing waits behind it here."""
-
-    def block(self, entry: Entry) -> None:
-        """The entry is parked: nothing waits behind it here."""
-
-    def unblock(self, entry: Entry) -> None:
-        self.push(entry)
+    def expect(self, more: bool) -> None:
+        """Whether more is about to be pushed: nothing here waits for it."""
 
     def remove(self, entries: Iterable[Entry]) -> None:
         gone = {id(entry) for entry in entries}
@@ -56,17 +69,29 @@ class _Lane:
         self.busy = False  # a request is in flight, or its head is parked
 
 
-class Batches:
-    """Ready entries of a stream without order, up to `batch` of one session a request."""
+class Batches(_WithoutOrder):
+    """Ready entries of a stream without order, up to `batch` of one session a request.
+
+    While more is expected, a session whose turn it is waits until its request is full.
+    """
 
     def __init__(self, batch: int) -> None:
-        self.filling = False
-        """More is being read: a session whose turn it is waits until its request is full."""
         self._batch = batch
+        self._waits = False
         self._lanes: dict[str, deque[Entry]] = {}  # in the order in which their turn comes
+
+    @property
+    def ready(self) -> int:
+        """How many requests could be sent."""
+        rest = 0 if self._waits else self._batch - 1  # what does not fill a request
+        return sum((len(lane) + rest) // self._batch for lane in self._lanes.values())
 
     def push(self, entry: Entry) -> None:
         self._lanes.setdefault(entry.lane, deque()).append(entry)
+
+    def unblock(self, entry: Entry) -> None:
+        """It may be tried again."""
+        self.push(entry)
 
     def push_back(self, entries: list[Entry]) -> None:
         self._lanes.setdefault(entries[0].lane, deque()).extendleft(reversed(entries))
@@ -75,7 +100,7 @@ class Batches:
         if not self._lanes:
             return None
         name = next(iter(self._lanes))
-        if self.filling and len(self._lanes[name]) < self._batch:
+        if self._waits and len(self._lanes[name]) < self._batch:
             return None
         lane = self._lanes.pop(name)
         taken = [lane.popleft() for _ in range(min(self._batch, len(lane)))]
@@ -83,14 +108,9 @@ class Batches:
             self._lanes[name] = lane  # to the end: the other sessions first
         return taken
 
-    def finish(self, entry: Entry) -> None:
-        """The entry has ended for good: nothing waits behind it here."""
-
-    def block(self, entry: Entry) -> None:
-        """The entry is parked: nothing waits behind it here."""
-
-    def unblock(self, entry: Entry) -> None:
-        self.push(entry)
+    def expect(self, more: bool) -> None:
+        """Whether more is about to be pushed, so that requests may wait until they are full."""
+        self._waits = more
 
     def remove(self, entries: Iterable[Entry]) -> None:
         gone = {id(entry) for entry in entries}
@@ -112,6 +132,14 @@ class Lanes:
         self._lanes: dict[str, _Lane] = {}
         self._ready: deque[str] = deque()  # lanes whose head may be sent
         self._blocked: set[str] = set()
+
+    @property
+    def ready(self) -> int:
+        """How many requests could be sent."""
+        return len(self._ready)
+
+    def expect(self, more: bool) -> None:
+        """Whether more is about to be pushed: nothing here waits for it."""
 
     def push(self, entry: Entry) -> None:
         """Adds an entry at its place in stream order: almost always the end, but a redriven one is older."""

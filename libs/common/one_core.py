@@ -1,15 +1,18 @@
-"""One core for a busy process: while it is busy, all its threads run on the same one.
+"""One core for a busy process: while it is busy, all its threads run on the same one, the event loop's first.
 
 The event loop's thread and the HTTP library's take turns: one hands requests over, the other brings the answers, and
 Python's lock lets only one of them go on. On two cores every hand-over wakes a core that has just gone to sleep, and
-carries what both work on from one cache to the other. On one core a record costs a fifth less processor time, and
-a fifth more of them are carried (measured: docs/decisions/0008-a-busy-process-keeps-to-one-core.md).
+carries what both work on from one cache to the other. On one core the library's thread must not push the loop aside
+for each request that is handed to it, either: as a batch thread (sched(7): SCHED_BATCH) it waits until the loop has
+handed over all it has. Together a record costs a third less processor time
+(measured: docs/decisions/0008-a-busy-process-keeps-to-one-core.md).
 
-    apart      as the system has it              half a core used     ─▶ together
-    together   on the core the loop was on       a quarter, or starved ─▶ apart
+    apart      as the system has it                                         half a core used      ─▶ together
+    together   on the core the loop was on, all but the loop as batch       a quarter, or starved ─▶ apart
 
-Starved is a process of which a thread could run all the time while others had the core: then the system places it
-anew, and it stays apart for half a minute. Looked at twice a second; a process that is not busy is left alone.
+Starved is a process of which a thread could run all the time while others had the core, at two looks in a row: then
+the system places it anew, and it stays apart for half a minute. Looked at four times a second; a process that is not
+busy is left alone.
 Only on Linux, and only where the process may run on several cores.
 """
 
@@ -19,12 +22,14 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
+from threading import get_native_id
 from typing import NamedTuple
 
 from common.logs import get
 
-LOOK_EVERY = 0.5
+LOOK_EVERY = 0.25
 
 BUSY, CALM = 0.5, 0.25
 """Cores used, at which threads go together and at which they part."""
@@ -49,11 +54,11 @@ class Use(NamedTuple):
     wanted: float = 0.0
 
 
-def belongs_together(together: bool, use: Use) -> bool:
+def belongs_together(together: bool, use: Use, starved_before: bool) -> bool:
     """Whether the threads of this process are to share a core from now on."""
     if not together:
         return use.cores >= BUSY
-    return use.cores >= CALM and not is_starved(use)
+    return use.cores >= CALM and not (starved_before and is_starved(use))
 
 
 def is_starved(use: Use) -> bool:
@@ -71,6 +76,7 @@ class OneCore:
         self._looked_at = clock()
         self._used = time.process_time()
         self._watched: dict[str, int] = {}
+        self._starved = False  # at the last look
         self._apart_until = 0.0
         self._log = get("one_core")
 
@@ -100,28 +106,38 @@ class OneCore:
             before, self._watched = self._watched, _could_run(self._watched)
             longest = max((ns - before[thread] for thread, ns in self._watched.items()), default=0)
             use = use._replace(wanted=longest / 1e9 / seconds)
-        if belongs_together(self.together, use) == self.together:
+        starved_before, self._starved = self._starved, self.together and is_starved(use)
+        if belongs_together(self.together, use, starved_before) == self.together:
             return
-        if self.together and is_starved(use):
+        if self._starved:
             self._apart_until = now + REST
-        cores = self._allowed if self.together else {_core_of_the_loop()}
-        self._place(cores)
+        self._starved = False
         self.together = not self.together
+        cores = {_core_of_the_loop()} if self.together else self._allowed
+        _place(cores, os.SCHED_BATCH if self.together else os.SCHED_OTHER)
         self._watched = _busiest() if self.together else {}
         self._log.debug(
             "one_core.changed", together=self.together, cores=sorted(cores), used=round(use.cores, 2)
         )
 
-    def _place(self, cores: set[int]) -> None:
-        for thread in os.listdir(_TASKS):  # one that is made later takes after the one that makes it
-            try:
-                os.sched_setaffinity(int(thread), cores)
-            except ProcessLookupError:  # it has ended meanwhile
-                pass
+
+def _place(cores: set[int], policy: int) -> None:
+    """All threads on these cores, those beside the caller's by this policy; one made later takes after its maker."""
+    threads = [int(thread) for thread in os.listdir(_TASKS)]
+    for thread in threads:
+        if thread != get_native_id():
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                os.sched_setscheduler(thread, policy, os.sched_param(0))
+    for thread in threads:
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(thread, cores)
 
 
 def _allowed() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    """The cores among which there is a choice; none where an operator has chosen how this process is scheduled."""
+    if not hasattr(os, "sched_getaffinity") or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        return set()
+    return os.sched_getaffinity(0)
 
 
 def _busiest() -> dict[str, int]:

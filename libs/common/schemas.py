@@ -130,18 +130,19 @@ def usage_record(data: bytes | None) -> UsageRecord:
         raise Invalid(f"api_session_id: {_EXPECTED_ID}")
     if record.transaction_id is not None and _ID(record.transaction_id) is None:
         raise Invalid(f"transaction_id: {_EXPECTED_ID}")
-    _check_customer(record.customer_id)
-    _check_product(record.product_code)
-    request = _instant("request_timestamp", record.request_timestamp)
-    if _instant("response_timestamp", record.response_timestamp) < request:
-        raise Invalid("response_timestamp: expected request_timestamp or later, got an earlier instant")
+    if not record.customer_id.isprintable():
+        raise Invalid(_EXPECTED_CUSTOMER)
+    if record.product_code != SPEECH_TRANSCRIPTION:
+        raise Invalid(_EXPECTED_PRODUCT)
+    _check_order(record.request_timestamp, record.response_timestamp)
     return record
 
 
 def session_event(data: bytes | None) -> SessionEvent:
     """The session event that an entry's `data` says, `start` or `complete`. Raises Invalid, nothing else."""
     event = _decode(_SESSION_EVENT, data)
-    _check_customer(event.customer_id)
+    if not event.customer_id.isprintable():
+        raise Invalid(_EXPECTED_CUSTOMER)
     _instant("timestamp", event.timestamp)
     _check_numbers("final_usage_summary", event.final_usage_summary)
     _check_numbers("metadata", event.metadata)
@@ -154,8 +155,10 @@ def session_event(data: bytes | None) -> SessionEvent:
 def quota_request(data: bytes | None) -> QuotaRequest:
     """The quota request that an entry's `data` says. Raises Invalid, nothing else."""
     request = _decode(_QUOTA_REQUEST, data)
-    _check_customer(request.customer_id)
-    _check_product(request.product_code)
+    if not request.customer_id.isprintable():
+        raise Invalid(_EXPECTED_CUSTOMER)
+    if request.product_code != SPEECH_TRANSCRIPTION:
+        raise Invalid(_EXPECTED_PRODUCT)
     _instant("timestamp", request.timestamp)
     return request
 
@@ -234,9 +237,10 @@ def usage_body(record: UsageRecord, stamp: bytes) -> bytes:
 def usage_batch_body(records: Iterable[UsageRecord], stamp: bytes) -> bytes:
     """The body of POST …/usage-records for several records of one session, each as `usage_body` has it.
 
-    JSON has no line break of its own, so where a line ends a record does.
+    Each loses its closing brace, which the stamp ends with: so the stamp joins them.
     """
-    return b'{"usage_records":[' + _encode_lines(records).replace(b"}\n", stamp + b",")[:-1] + b"]}"
+    opened = [_encode(record)[:-1] for record in records]
+    return b'{"usage_records":[' + (stamp + b",").join(opened) + stamp + b"]}"
 
 
 def start_body(
@@ -374,7 +378,6 @@ _COMMAND = msgspec.json.Decoder(Command)
 _MEMBERS = msgspec.json.Decoder(dict[str, Raw])
 _ANY = msgspec.json.Decoder()
 _encode = msgspec.json.Encoder().encode
-_encode_lines = msgspec.json.Encoder().encode_lines
 
 _EVENT_TYPES = {
     "start": "start",
@@ -388,6 +391,8 @@ _BATCHES = uuid5(NAMESPACE_URL, "dataplane-agent/batch")
 
 _ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9._:~-]{1,128}").fullmatch
 _EXPECTED_ID = "expected 1 to 128 of A-Z a-z 0-9 . _ : ~ - (and not . or ..)"
+_EXPECTED_CUSTOMER = "customer_id: expected printable characters"
+_EXPECTED_PRODUCT = f"product_code: expected {SPEECH_TRANSCRIPTION}"
 _CORRELATION_ID = re.compile(rb"[A-Za-z0-9._:~-]{1,128}").fullmatch
 _PARENT = rb"-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 _TRACEPARENT = re.compile(
@@ -466,16 +471,6 @@ def _fault(error: msgspec.MsgspecError) -> str:
     return f"{field}: {what[:1].lower()}{what[1:]}".replace("`", "")[:MAX_FAULT_CHARACTERS]
 
 
-def _check_customer(customer_id: str) -> None:
-    if not customer_id.isprintable():
-        raise Invalid("customer_id: expected printable characters")
-
-
-def _check_product(product_code: str) -> None:
-    if product_code != SPEECH_TRANSCRIPTION:
-        raise Invalid(f"product_code: expected {SPEECH_TRANSCRIPTION}")
-
-
 def _check_numbers(field: str, value: Raw) -> None:
     """What is forwarded as it came must be readable by whoever gets it: 1e400 is no number for a double."""
     try:
@@ -484,13 +479,27 @@ def _check_numbers(field: str, value: Raw) -> None:
         raise Invalid(f"{field}: expected numbers that a double can hold") from None
 
 
-def _instant(field: str, text: str) -> datetime:
-    """The instant that an RFC 3339 timestamp names."""
-    if text[_PUNCTUATION] == "--T::." and text[20:21].isdigit() and text.endswith(_UTC):
+def _check_order(request: str, response: str) -> None:
+    """A response comes with its request or later. Almost all are in UTC with a fraction: half of the cost."""
+    if (
+        request[_PUNCTUATION] == response[_PUNCTUATION] == "--T::."
+        and request[20:21].isdigit()
+        and response[20:21].isdigit()
+        and request.endswith(_UTC)
+        and response.endswith(_UTC)
+    ):
         try:
-            return datetime.fromisoformat(text)  # as almost all are: half of the cost
+            if datetime.fromisoformat(request) <= datetime.fromisoformat(response):
+                return
         except ValueError:
             pass
+    begun = _instant("request_timestamp", request)
+    if _instant("response_timestamp", response) < begun:
+        raise Invalid("response_timestamp: expected request_timestamp or later, got an earlier instant")
+
+
+def _instant(field: str, text: str) -> datetime:
+    """The instant that an RFC 3339 timestamp names."""
     if _RFC_3339(text) is None:
         raise Invalid(f"{field}: expected an RFC 3339 timestamp with an offset")
     try:

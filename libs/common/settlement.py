@@ -23,6 +23,9 @@ from common.streams import HANDOVER, Stream
 BATCH = 500
 """Entries a script call; a larger one would keep the server from its other clients for too long."""
 
+AT_ONCE = 1000
+"""Entries a settling call: more than a read brings, so that what waits to be settled becomes less while we read."""
+
 LINGER = 0.005
 """Seconds for which a settlement waits for company while requests are out; when none is, it waits no longer."""
 
@@ -105,12 +108,14 @@ class Settlement:
 
     # -- what the loop says --------------------------------------------------------------------------
 
-    def delivered(self, entry: Entry, outcome: Delivered) -> None:
-        """The ControlPlane has it: it leaves the stream with the next batch."""
-        entry.ended = True
-        self._settling.append((entry, outcome.duplicate))
+    def delivered(self, entries: Iterable[Entry], outcome: Delivered) -> None:
+        """The ControlPlane has them: they leave the stream with the next batch."""
+        settling, duplicate = self._settling, outcome.duplicate
+        for entry in entries:
+            entry.ended = True
+            settling.append((entry, duplicate))
         self._work.set()
-        if len(self._settling) >= ENOUGH:
+        if len(settling) >= ENOUGH:
             self._full.set()
 
     def died(self, entry: Entry, dead: Dead) -> None:
@@ -158,14 +163,16 @@ class Settlement:
         async with self._flushing:
             try:
                 while self._settling:
-                    await self._take(self._settling, end)
+                    await self._take(self._settling, end, AT_ONCE)
             finally:  # a grant that cannot be written must not keep a verdict from being recorded
                 while self._burying:
-                    await self._take(self._burying, self._bury)
+                    await self._take(self._burying, self._bury, BATCH)
 
-    async def _take(self, queue: list[_Ended], end: Callable[[list[_Ended]], Awaitable[None]]) -> None:
-        batch = queue[:BATCH]
-        del queue[:BATCH]
+    async def _take(
+        self, queue: list[_Ended], end: Callable[[list[_Ended]], Awaitable[None]], most: int
+    ) -> None:
+        batch = queue[:most]
+        del queue[:most]
         try:
             await end(batch)
         except (RedisFault, asyncio.CancelledError):

@@ -24,7 +24,7 @@ class QuotaRefresher(EntryHandler):
             sender.api_server_region,
             sender.agent_version,
         )
-        outcome = await self._client.refresh(entry.lane, body, self.call(entry))
+        outcome = await self._client.refresh(entry.lane, body, entry)
         if isinstance(outcome, Delivered):
             assert (
                 outcome.answer is not None

@@ -30,4 +30,4 @@ class SessionNotifier(EntryHandler):
             self._timestamp(),
             sender.agent_version,
         )
-        return await post(entry.lane, body, self.call(entry))
+        return await post(entry.lane, body, entry)

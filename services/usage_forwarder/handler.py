@@ -7,7 +7,7 @@ from collections import deque
 from msgspec.structs import replace
 
 from common import schemas
-from common.control_plane.client import Delivering, EntryCall
+from common.control_plane.client import BatchCall, Delivering
 from common.control_plane.verdicts import Split
 from common.entries import Entry
 from common.figures import StreamFigures
@@ -47,7 +47,7 @@ class UsageForwarder(EntryHandler):
 
     def deliver(self, entry: Entry) -> Delivering:  # no coroutine of its own, like those it returns
         body = schemas.usage_body(entry.message, self._stamped())
-        return self._client.usage_record(entry.lane, body, self.call(entry))
+        return self._client.usage_record(entry.lane, body, entry)
 
     async def deliver_batch(self, entries: list[Entry]) -> list[Outcome]:
         """One request for all; in halves when it is refused or too long, one by one when it repeats something."""
@@ -61,8 +61,7 @@ class UsageForwarder(EntryHandler):
         answer: Outcome | Split = Split(one_by_one=False)
         if len(body) <= MAX_BATCH_BYTES:
             key = schemas.batch_key([entry.transaction_id for entry in entries])
-            call = EntryCall(key, key)
-            answer = await self._client.usage_batch(entries[0].lane, body, call)
+            answer = await self._client.usage_batch(entries[0].lane, body, BatchCall(key, key))
         match answer:
             case Split(one_by_one=True):
                 return [await self.deliver(entry) for entry in entries]

@@ -19,14 +19,13 @@ import trustme
 
 from common.config import ControlPlane, Secret
 from common.control_plane import errors
-from common.control_plane.client import MOST_COMMANDS, ControlPlaneClient, EntryCall, build
+from common.control_plane.client import MOST_COMMANDS, ControlPlaneClient, BatchCall, build
 from common.control_plane.gate import FIRST_PROBE, NOT_FOUND_STREAK
 from common.control_plane.verdicts import SPLIT, SPLIT_ONE_BY_ONE
 from common.outcomes import DELIVERED, DUPLICATE, Cause, Dead, Delivered, Reason, Retry
 
 KEY = "key-of-the-client-test"
-CALL = EntryCall("11111111-2222-5333-8444-555555555555", "corr-1", "00-" + "a" * 32 + "-" + "b" * 16 + "-01")
-ONCE = EntryCall(CALL.key, "corr-1", quick_retries=False)
+CALL = BatchCall("11111111-2222-5333-8444-555555555555", "corr-1", "00-" + "a" * 32 + "-" + "b" * 16 + "-01")
 
 Reply = tuple[int, Any] | tuple[int, Any, dict[str, str]] | None
 """Status, body, headers; None hangs up without an answer."""
@@ -186,7 +185,7 @@ async def test_an_entrys_call_arrives_as_the_contract_says(
         "x-correlation-id": "corr-1",
         "user-agent": "dataplane-agent/1.2.3",
         "traceparent": CALL.traceparent,
-        "idempotency-key": CALL.key,
+        "idempotency-key": CALL.transaction_id,
         "content-type": "application/json",
     }
     assert client.requests_total == 1
@@ -204,7 +203,7 @@ async def test_a_refresh_brings_the_grant(plane: Plane, client: ControlPlaneClie
 
 
 async def test_an_entry_without_traceparent_sends_none(plane: Plane, client: ControlPlaneClient) -> None:
-    await client.start("s", b"{}", ONCE)
+    await client.start("s", b"{}", BatchCall("k", "corr-1"))
     assert "traceparent" not in plane.requests[0].headers
 
 
@@ -223,7 +222,7 @@ async def test_an_id_that_would_bend_the_path_is_dead_and_not_sent(
 async def test_a_header_that_http_cannot_carry_is_dead_and_not_sent(
     plane: Plane, client: ControlPlaneClient
 ) -> None:
-    outcome = await client.usage_record("s", b"{}", EntryCall("k", "a\r\nX-Evil: 1"))
+    outcome = await client.usage_record("s", b"{}", BatchCall("k", "a\r\nX-Evil: 1"))
     assert isinstance(outcome, Dead)
     assert outcome.reason is Reason.INVALID
     assert plane.requests == []
@@ -242,24 +241,17 @@ async def test_a_failure_is_tried_again_at_most_twice_under_the_same_key(
     async with speaking(plane, notes=notes) as client:
         plane.replies = [failure, failure]
         assert await client.usage_record("s", b"{}", CALL) == DELIVERED
-        assert plane.keys == [CALL.key] * 3
+        assert plane.keys == [CALL.transaction_id] * 3
         plane.requests.clear()
         plane.otherwise = lambda request: failure
         outcome = await client.usage_record("s", b"{}", CALL)
         assert isinstance(outcome, Retry)
         assert outcome.cause in (Cause.TRANSIENT, Cause.UNCONFIRMED)
-        assert plane.keys == [CALL.key] * 3
+        assert plane.keys == [CALL.transaction_id] * 3
         assert client.last_error is not None
     cause = "connection" if failure is None else "status" if failure[0] == 503 else "unconfirmed"
     assert notes.retries == [("usage_records", cause)] * 4
     assert len(notes.requests) == client.requests_total == 6
-
-
-async def test_a_call_may_forbid_quick_retries(plane: Plane, client: ControlPlaneClient) -> None:
-    plane.replies = [(503, {})]
-    outcome = await client.usage_record("s", b"{}", ONCE)
-    assert outcome == Retry(Cause.TRANSIENT, "answered 503: {}", 503)
-    assert len(plane.requests) == 1
 
 
 @pytest.mark.parametrize("status", [400, 404, 409])
@@ -329,8 +321,8 @@ async def test_an_outage_opens_the_breaker_and_one_request_closes_it(plane: Plan
     log = Log()
     async with speaking(plane, log) as client:
         plane.otherwise = lambda request: (503, {})
-        for _ in range(5):
-            await client.usage_record("s", b"{}", ONCE)
+        for _ in range(2):
+            await client.usage_record("s", b"{}", CALL)
         assert client.gate.breaker.state == "open"
         sent = len(plane.requests)
         outcome = await client.usage_record("s", b"{}", CALL)
@@ -339,7 +331,7 @@ async def test_an_outage_opens_the_breaker_and_one_request_closes_it(plane: Plan
         assert len(plane.requests) == sent
         plane.otherwise = lambda request: (200, {})
         await client.gate.wait()
-        outcomes = await asyncio.gather(*(client.usage_record("s", b"{}", ONCE) for _ in range(10)))
+        outcomes = await asyncio.gather(*(client.usage_record("s", b"{}", CALL) for _ in range(10)))
         assert outcomes.count(DELIVERED) == 1
         assert client.gate.open
     assert [event for event, _ in log.lines] == ["unreachable", "recovered"]
@@ -354,10 +346,10 @@ async def test_quick_retries_end_when_the_breaker_opens(plane: Plane, client: Co
 
 async def test_a_cancelled_probe_frees_its_slot(plane: Plane, client: ControlPlaneClient) -> None:
     plane.otherwise = lambda request: (503, {})
-    for _ in range(5):
-        await client.usage_record("s", b"{}", ONCE)
+    for _ in range(2):
+        await client.usage_record("s", b"{}", CALL)
     await client.gate.wait()
-    probing = asyncio.create_task(client.usage_record("s", b"{}", ONCE))
+    probing = asyncio.create_task(client.usage_record("s", b"{}", CALL))
     await asyncio.sleep(0)
     assert client.gate.permits() == 0
     probing.cancel()
@@ -416,7 +408,7 @@ async def test_an_entry_refused_again_after_a_passed_probe_is_not_found(
     assert (outcome.cause, outcome.http_status) == (Cause.HELD, 403)
     assert await client.probe()
     client.gate.lift()
-    again = EntryCall(CALL.key, "corr-1", refused_before=True)
+    again = BatchCall(CALL.transaction_id, "corr-1", refused_before=True)
     outcome = await client.usage_record("s", b"{}", again)
     assert isinstance(outcome, Retry)
     assert (outcome.cause, outcome.http_status) == (Cause.NOT_FOUND, 403)
@@ -425,7 +417,7 @@ async def test_an_entry_refused_again_after_a_passed_probe_is_not_found(
 
 async def test_a_401_always_holds(plane: Plane, client: ControlPlaneClient) -> None:
     plane.otherwise = lambda request: (401, {})
-    outcome = await client.usage_record("s", b"{}", EntryCall("k", "c", refused_before=True))
+    outcome = await client.usage_record("s", b"{}", BatchCall("k", "c", refused_before=True))
     assert isinstance(outcome, Retry)
     assert outcome.cause is Cause.HELD
     assert client.gate.hold is not None

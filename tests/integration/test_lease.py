@@ -31,7 +31,7 @@ class Held:
         self.lease = Lease(self.hand, self.settlement, VISIBILITY, self._lose, lambda: self.now)
         self.entries = [Entry(entry_id.encode(), b"x", "", None, 1, self.now) for entry_id in ids]
         for entry in self.entries:
-            self.hand.take(entry)
+            self.hand.take([entry])
 
     def _lose(self, entries: list[Entry]) -> None:
         self.lost += entries
@@ -110,7 +110,7 @@ async def test_a_renewal_that_waited_writes_nothing_for_what_was_lost_and_taken_
         waiting = asyncio.create_task(held.settlement.renew([old]))
         await eventually(lambda: held.scripts.begun["renew"] == 2)
         held.hand.drop([old])
-        held.hand.take(Entry(b"1-0", b"x", "", None, 2, held.now))
+        held.hand.take([Entry(b"1-0", b"x", "", None, 2, held.now)])
     finally:
         redis_server.resume()
     assert (await renewing, await waiting) == ([], [old])

@@ -67,13 +67,21 @@ def until(reached: Callable[[], bool], within: float = 30.0) -> None:
         time.sleep(LOOK_EVERY / 10)
 
 
+def policies_of(pid: int) -> tuple[int, set[int]]:
+    """How the loop's thread is scheduled, and how the others are."""
+    others = [int(thread) for thread in os.listdir(f"/proc/{pid}/task") if int(thread) != pid]
+    return os.sched_getscheduler(pid), {os.sched_getscheduler(thread) for thread in others}
+
+
 def on_one_core(pid: int) -> bool:
     cores = cores_of(pid)
-    return len(cores[0]) == 1 and all(other == cores[0] for other in cores)
+    together = len(cores[0]) == 1 and all(other == cores[0] for other in cores)
+    return together and policies_of(pid) == (os.SCHED_OTHER, {os.SCHED_BATCH})
 
 
 def on_all_cores(pid: int) -> bool:
-    return all(cores == os.sched_getaffinity(0) for cores in cores_of(pid))
+    apart = all(cores == os.sched_getaffinity(0) for cores in cores_of(pid))
+    return apart and policies_of(pid) == (os.SCHED_OTHER, {os.SCHED_OTHER})
 
 
 def test_a_busy_process_goes_to_one_core_with_all_its_threads_and_leaves_it_when_it_is_calm() -> None:

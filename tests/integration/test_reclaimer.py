@@ -114,7 +114,7 @@ async def test_what_was_delivered_to_nobody_is_what_is_pending_and_not_in_hand(r
     await lay(redis, live=live, deleted=["5-0"])
     found = Found(redis)
     for n in range(1, 1001):
-        found.hand.take(Entry(f"{n}-0".encode(), b"x", "", None, 1, 0.0))
+        found.hand.take([Entry(f"{n}-0".encode(), b"x", "", None, 1, 0.0)])
     found.hand.drop([entry for entry in found.hand if entry.id in (b"5-0", b"6-0")])
     rows = await found.reclaimer.recover()
     assert [row[0].decode() for row in rows] == ["6-0", *(f"{n}-0" for n in range(1001, 1204)), "9999-0"]

@@ -49,7 +49,7 @@ class Settling:
         entries = [Entry(entry_id.encode(), b"x", "c", None, 1, 0.0) for entry_id in ids]
         for entry in entries:
             entry.reply = b"{}"
-            self.hand.take(entry)
+            self.hand.take([entry])
         return entries
 
 
@@ -57,7 +57,7 @@ async def test_many_entries_end_in_few_calls(redis: Redis) -> None:
     me = Settling(redis)
     entries = await me.holding(redis, 2 * BATCH + 1)
     for entry in entries:
-        me.settlement.delivered(entry, DELIVERED)
+        me.settlement.delivered([entry], DELIVERED)
     await me.settlement.flush()
     assert me.scripts.runs == {"settle": 3}
     assert await state(redis) == State(ledger={"delivered": len(entries)})
@@ -78,8 +78,8 @@ async def test_a_settlement_whose_reply_was_lost_is_sent_again_and_counted_once(
 
     running = asyncio.create_task(me.settlement.run(on_fault))
     try:
-        me.settlement.delivered(settled, DELIVERED)
-        me.settlement.delivered(duplicate, DUPLICATE)
+        me.settlement.delivered([settled], DELIVERED)
+        me.settlement.delivered([duplicate], DUPLICATE)
         me.settlement.died(dead, Dead(Reason.REJECTED, "no"))
         await eventually(lambda: not len(me.hand))
     finally:
@@ -102,7 +102,7 @@ async def test_a_failed_flush_keeps_what_has_not_ended_and_its_order(redis: Redi
     me = Settling(redis)
     entries = await me.holding(redis, 3)
     for entry in entries:
-        me.settlement.delivered(entry, DELIVERED)
+        me.settlement.delivered([entry], DELIVERED)
     me.scripts.lose["settle"] = 1
     with pytest.raises(Away):
         await me.settlement.flush()
@@ -115,12 +115,12 @@ async def test_two_flushes_at_once_count_an_entry_once(redis: Redis, redis_serve
     me = Settling(redis)
     entries = await me.holding(redis, 3)
     for entry in entries[:2]:
-        me.settlement.delivered(entry, DELIVERED)
+        me.settlement.delivered([entry], DELIVERED)
     redis_server.pause()
     try:
         flushes = [asyncio.create_task(me.settlement.flush()) for _ in range(2)]
         await asyncio.sleep(0.02)
-        me.settlement.delivered(entries[2], DELIVERED)
+        me.settlement.delivered([entries[2]], DELIVERED)
     finally:
         redis_server.resume()
     await asyncio.gather(*flushes)
@@ -178,7 +178,7 @@ async def test_whoever_has_lost_the_turn_ends_nothing_and_is_told(
         if isinstance(outcome, Dead):
             me.settlement.died(entry, outcome)
         else:
-            me.settlement.delivered(entry, outcome)
+            me.settlement.delivered([entry], outcome)
         if not me.turns_lost:
             assert not await me.settlement.flushed()
     with pytest.raises(TurnLost):
@@ -192,7 +192,7 @@ async def test_a_request_that_another_has_answered_is_not_counted(redis: Redis) 
     mine, others = await me.holding(redis, 2)
     await redis.xclaim(STREAM.name, STREAM.group, "other", 0, ["2-0"], justid=True)
     for entry in (mine, others):
-        me.settlement.delivered(entry, DELIVERED)
+        me.settlement.delivered([entry], DELIVERED)
     await me.settlement.flush()
     assert (me.counts.delivered, len(me.hand)) == (1, 0)
     assert await redis.xlen(RESPONSES) == 1
@@ -205,7 +205,7 @@ async def test_an_entry_that_is_alone_waits_for_company_only_for_milliseconds(re
     running = asyncio.create_task(me.settlement.run(lambda fault: 0.1))
     try:
         began = time.monotonic()
-        me.settlement.delivered(entry, DELIVERED)
+        me.settlement.delivered([entry], DELIVERED)
         await eventually(lambda: not len(me.hand), every=0.001)
         assert time.monotonic() - began < 0.5
     finally:

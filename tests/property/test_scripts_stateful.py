@@ -146,7 +146,7 @@ class Process:
         for row in rows:
             if row[0] not in self.hand:
                 entry = Entry.of(row, self.now)
-                self.hand.take(entry)
+                self.hand.take([entry])
                 self.met.append(entry)
 
 
@@ -399,7 +399,7 @@ class Lives(RuleBasedStateMachine):
 
     def confirm(self, one: Process, entry: Entry, outcome: Delivered) -> None:
         entry.figures, entry.reply = self.model.items[entry.id.decode()].figures, b"{}"
-        one.settlement.delivered(entry, outcome)
+        one.settlement.delivered([entry], outcome)
 
     def flush(self, one: Process, lose: str) -> None:
         """Ends what waits in the settlement: also what an earlier fault has left there."""
@@ -464,7 +464,7 @@ class Lives(RuleBasedStateMachine):
             # What was lost long ago as well: the call may have been under way when it was.
             one.settlement.hand = Hand()
             for entry in entries:
-                one.settlement.hand.take(entry)
+                one.settlement.hand.take([entry])
             try:
                 gone = await one.settlement.renew(entries)
             finally:

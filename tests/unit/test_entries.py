@@ -10,7 +10,7 @@ TRACE = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 def entry(number: int = 1, data: bytes | int | None = b"1234", deliveries: int = 1) -> Entry:
-    return Entry(f"{number}-0".encode(), data, "", None, deliveries, 0.0)
+    return Entry.of([f"{number}-0".encode(), data, None, None, deliveries], 0.0)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def entry(number: int = 1, data: bytes | int | None = b"1234", deliveries: int =
 )
 def test_a_row_becomes_an_entry(row: Row, want: tuple[object, ...]) -> None:
     made = Entry.of(row, 42.0)
-    assert (made.data, made.carried, made.correlation_id, made.traceparent, made.deliveries) == want
+    assert (made.data, made.size, made.correlation_id, made.traceparent, made.deliveries) == want
     assert (made.id, made.added_at, made.leased_at) == (row[0], 1700000000.123, 42.0)
 
 
@@ -51,8 +51,7 @@ def test_no_payload_in_a_repr() -> None:
 def test_the_hand_counts_entries_and_bytes() -> None:
     hand = Hand()
     first, second = entry(1), entry(2, b"12345678")
-    for one in (first, second):
-        hand.take(one)
+    hand.take([first, second])
     assert (len(hand), hand.bytes, hand.active, list(hand)) == (2, 12, 2, [first, second])
     assert b"1-0" in hand
     assert b"3-0" not in hand
@@ -67,8 +66,7 @@ def test_the_hand_counts_entries_and_bytes() -> None:
 def test_a_parked_entry_takes_no_room_and_is_counted_once() -> None:
     hand = Hand()
     first, second = entry(1), entry(2)
-    for one in (first, second):
-        hand.take(one)
+    hand.take([first, second])
     for _ in range(2):
         hand.park(first, True)
         assert (hand.parked, hand.active) == (1, 1)
@@ -90,9 +88,9 @@ def test_the_same_id_taken_anew_is_another_entry() -> None:
     """After a lost turn an old request may still be out for it: its end is no end of the new one."""
     hand = Hand()
     old, new = entry(1), entry(1)
-    hand.take(old)
+    hand.take([old])
     hand.clear()
-    hand.take(new)
+    hand.take([new])
     assert (hand.holds(old), hand.holds(new)) == (False, True)
     hand.park(old, True)
     hand.drop([old])
@@ -102,5 +100,6 @@ def test_the_same_id_taken_anew_is_another_entry() -> None:
 def test_entries_are_found_by_their_ids() -> None:
     hand = Hand()
     first = entry(1)
-    hand.take(first)
+    hand.take([first])
+    assert hand.unheld([[b"1-0", b""], [b"2-0", b""]]) == [[b"2-0", b""]]
     assert hand.of([b"1-0", b"2-0"]) == [first]

@@ -26,7 +26,7 @@ def lanes(*held: Entry) -> tuple[Lanes, Hand]:
     hand = Hand()
     made = Lanes(hand.park)
     for one in held:
-        hand.take(one)
+        hand.take([one])
         made.push(one)
     return made, hand
 
@@ -85,13 +85,15 @@ def test_what_is_lost_is_not_taken(queue: Queue | Batches) -> None:
 
 def test_while_more_is_read_a_request_waits_until_it_is_full() -> None:
     batches = Batches(2)
-    batches.filling = True
+    batches.expect(True)
     batches.push(entry(1, "a"))
-    assert batches.take() is None
+    assert (batches.ready, batches.take()) == (0, None)
     batches.push(entry(2, "a"))
+    assert batches.ready == 1
     assert [one.id for one in batches.take() or ()] == [b"1-0", b"2-0"]
     batches.push(entry(3, "a"))
-    batches.filling = False
+    batches.expect(False)
+    assert batches.ready == 1
     assert [one.id for one in batches.take() or ()] == [b"3-0"]
 
 
@@ -165,7 +167,7 @@ def test_what_waits_behind_a_blocked_head_is_parked_with_it_and_returns_with_it(
     held.block(head)
     assert (hand.parked, hand.active) == (2, 1)
     late = entry(4)
-    hand.take(late)
+    hand.take([late])
     held.push(late)
     assert (hand.parked, hand.active) == (3, 1)
     assert take_all(held) == [[other]]
@@ -245,7 +247,7 @@ def test_whatever_happens_a_session_stays_in_order_with_one_request_out(seed: in
         match random.randrange(7):
             case 0 | 1:
                 made = entry(next(numbers), random.choice("abc"))
-                hand.take(made)
+                hand.take([made])
                 held.push(made)
             case 2 | 3:
                 for taken in held.take() or []:

@@ -10,18 +10,21 @@ APART, TOGETHER = False, True
 
 
 @pytest.mark.parametrize(
-    ("now", "use", "want"),
+    ("now", "use", "starved_before", "want"),
     [
-        (APART, Use(0.0), APART),
-        (APART, Use(0.4), APART),
-        (APART, Use(0.6), TOGETHER),
-        (APART, Use(1.4), TOGETHER),
-        (TOGETHER, Use(0.95, 0.99), TOGETHER),  # it has its core for itself
-        (TOGETHER, Use(0.4, 0.45), TOGETHER),  # less to do, but not calm
-        (TOGETHER, Use(0.1, 0.12), APART),  # calm
-        (TOGETHER, Use(0.5, 0.99), APART),  # others have the core half of the time
-        (TOGETHER, Use(0.6, 0.7), TOGETHER),  # it waits for answers, not for the core
+        (APART, Use(0.0), False, APART),
+        (APART, Use(0.4), False, APART),
+        (APART, Use(0.6), False, TOGETHER),
+        (APART, Use(1.4), False, TOGETHER),
+        (TOGETHER, Use(0.95, 0.99), True, TOGETHER),  # it has its core for itself
+        (TOGETHER, Use(0.4, 0.45), False, TOGETHER),  # less to do, but not calm
+        (TOGETHER, Use(0.1, 0.12), False, APART),  # calm
+        (TOGETHER, Use(0.5, 0.99), False, TOGETHER),  # others have the core half of the time, for a moment
+        (TOGETHER, Use(0.5, 0.99), True, APART),  # and for longer
+        (TOGETHER, Use(0.6, 0.7), True, TOGETHER),  # it waits for answers, not for the core
     ],
 )
-def test_a_busy_process_keeps_to_one_core_unless_it_is_starved_there(now: bool, use: Use, want: bool) -> None:
-    assert belongs_together(now, use) is want
+def test_a_busy_process_keeps_to_one_core_unless_it_is_starved_there(
+    now: bool, use: Use, starved_before: bool, want: bool
+) -> None:
+    assert belongs_together(now, use, starved_before) is want

@@ -57,17 +57,28 @@ class Carrier(Protocol):
     async def close(self, timeout: float) -> int: ...
 
 
-class EntryCall(msgspec.Struct, frozen=True, gc=False):
-    """What a call for an entry carries beside its body.
+class Call(Protocol):
+    """What a call for an entry carries beside its body: an entry is one, and the same at every repetition."""
 
-    `key`: the Idempotency-Key.
-    `refused_before`: this entry was answered with 403, and a probe has passed since.
-    """
+    @property
+    def transaction_id(self) -> str:
+        """The Idempotency-Key."""
 
-    key: str
+    @property
+    def correlation_id(self) -> str: ...
+    @property
+    def traceparent(self) -> str | None: ...
+    @property
+    def refused_before(self) -> bool:
+        """It was answered with 403, and a probe has passed since."""
+
+
+class BatchCall(msgspec.Struct, frozen=True, gc=False):
+    """The call for several entries, which have one key together."""
+
+    transaction_id: str
     correlation_id: str
     traceparent: str | None = None
-    quick_retries: bool = True
     refused_before: bool = False
 
 
@@ -98,8 +109,8 @@ def _path(session_id: str, verb: str) -> str:
     return f"/api/v1/sessions/{session_id}/{verb}"
 
 
-def _headers(call: EntryCall) -> Headers:
-    headers = (_JSON, ("Idempotency-Key", call.key), ("X-Correlation-ID", call.correlation_id))
+def _headers(call: Call) -> Headers:
+    headers = (_JSON, ("Idempotency-Key", call.transaction_id), ("X-Correlation-ID", call.correlation_id))
     return headers if call.traceparent is None else (*headers, ("traceparent", call.traceparent))
 
 
@@ -180,26 +191,24 @@ class ControlPlaneClient:
 
     # No coroutines of their own: each one between a slot and the transport is paid for at every request.
 
-    def usage_record(self, session_id: str, body: bytes, call: EntryCall) -> Delivering:
+    def usage_record(self, session_id: str, body: bytes, call: Call) -> Delivering:
         return self._send(_USAGE_RECORD, session_id, body, call)
 
-    def usage_batch(
-        self, session_id: str, body: bytes, call: EntryCall
-    ) -> Coroutine[Any, Any, Outcome | Split]:
+    def usage_batch(self, session_id: str, body: bytes, call: Call) -> Coroutine[Any, Any, Outcome | Split]:
         """Several records of one session; a Split says that they must be sent in parts."""
         return self._send(_USAGE_BATCH, session_id, body, call)
 
-    def start(self, session_id: str, body: bytes, call: EntryCall) -> Delivering:
+    def start(self, session_id: str, body: bytes, call: Call) -> Delivering:
         return self._send(_START, session_id, body, call)
 
-    def complete(self, session_id: str, body: bytes, call: EntryCall) -> Delivering:
+    def complete(self, session_id: str, body: bytes, call: Call) -> Delivering:
         return self._send(_COMPLETE, session_id, body, call)
 
-    def refresh(self, session_id: str, body: bytes, call: EntryCall) -> Delivering:
+    def refresh(self, session_id: str, body: bytes, call: Call) -> Delivering:
         """A Delivered carries the grant in `answer`."""
         return self._send(_REFRESH, session_id, body, call)
 
-    async def _send(self, endpoint: _Endpoint, session_id: str, body: bytes, call: EntryCall) -> Any:
+    async def _send(self, endpoint: _Endpoint, session_id: str, body: bytes, call: Call) -> Any:
         """The first try and its quick retries; returns what the judge does, a Split only for a batch."""
         try:
             path = _path(session_id, endpoint.verb)
@@ -232,8 +241,7 @@ class ControlPlaneClient:
                 failure = _failure_of(outcome)
             tried = outcome
             asked = outcome.after or 0.0
-            retries = self._quick_retries if call.quick_retries else 0
-            if retry == retries or asked > self._config.max_backoff:
+            if retry == self._quick_retries or asked > self._config.max_backoff:
                 return tried  # parked: tried again on its own schedule
             retry += 1
             delay = quick_delay(retry, self._random, self._config.max_backoff)
@@ -251,7 +259,7 @@ class ControlPlaneClient:
         return outcome
 
     def _learn_no(
-        self, ticket: Ticket, session_id: str, call: EntryCall, outcome: Outcome | Split
+        self, ticket: Ticket, session_id: str, call: Call, outcome: Outcome | Split
     ) -> Outcome | Split:
         """Tells the gate of an answer that is no success; what it knows of others may change the outcome."""
         if isinstance(outcome, Retry | Dead):
