@@ -165,13 +165,14 @@ class _Fused(Handler):
     def __init__(self, handler: Handler, agent: Agent, fuse: Callable[[Agent, str, bytes], bool]) -> None:
         self.ordered = handler.ordered
         self.batch = handler.batch
+        self.figures = handler.figures  # type: ignore[method-assign]
         self._handler = handler
         self._agent = agent
         self._fuse = fuse
 
-    def decode(self, entry: Entry) -> str:
+    def decode(self, entry: Entry, data: bytes | None) -> str:
         self._fuse(self._agent, "decode", entry.id)
-        return self._handler.decode(entry)
+        return self._handler.decode(entry, data)
 
     async def deliver(self, entry: Entry) -> Outcome:
         return (await self.deliver_batch([entry]))[0]

@@ -81,8 +81,8 @@ MUTATIONS = (
     _one(
         "Settling counts only what it removes",
         "scripts/settle.lua",
-        "  if removed == 1 then\n    settled",
-        "  if true then\n    settled",
+        "    if removed == 1 then\n      settled",
+        "    if true then\n      settled",
     ),
     _one(
         "Dead before acknowledged",

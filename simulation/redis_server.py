@@ -146,15 +146,16 @@ class _Interpreter:
             return self.table({b"err": error.value.encode()})
 
     def _decode(self, text: bytes) -> Any:
-        """cjson.decode, for flat objects."""
-        document: dict[str, Any] = json.loads(text)
-        return self.table(
-            {
-                name.encode(): value.encode() if isinstance(value, str) else value
-                for name, value in document.items()
-                if value is not None
-            }
-        )
+        """cjson.decode, for what our scripts are told: null is left out."""
+        return self._table_of(json.loads(text))
+
+    def _table_of(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            members = {name.encode(): self._table_of(member) for name, member in value.items()}
+            return self.table({name: member for name, member in members.items() if member is not None})
+        if isinstance(value, list):
+            return self.table([self._table_of(member) for member in value])
+        return value.encode() if isinstance(value, str) else value
 
     def _to_lua(self, reply: Any) -> Any:
         kind = type(reply)

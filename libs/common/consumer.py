@@ -17,7 +17,7 @@ from random import Random
 
 from common.control_plane.gate import Gate
 from common.delivery import Delivery, Handler, Limits, Tally, within
-from common.entries import Entry, Hand, Row
+from common.entries import SUSPECT, Entry, Hand, Row
 from common.lease import Lease
 from common.logs import get
 from common.reclaimer import Reclaimer
@@ -70,6 +70,7 @@ class Consumer:
             self.hand,
             tally,
             turn_lost=self._lose_turn,
+            figures=handler.figures,
             response_stream=response_stream,
             token=token,
         )
@@ -115,6 +116,7 @@ class Consumer:
         self._beginnings = 0
         self._untaken: deque[Entry] = deque()  # in hand, and not yet on their way to a slot
         self._last_id = b"0-0"
+        self._more = False  # the last reads came back full
         self._stopped = False
         self._task: asyncio.Task[None] | None = None
         self._interruptible = False
@@ -140,7 +142,8 @@ class Consumer:
                     await self._prepare()
                     if room := self._room():
                         read = await self._read_on(room)
-                        self.delivery.expect(read == room and self._has_room())
+                        self._more = read == room
+                        self.delivery.expect(self._more and self._has_room())
                         if not read:
                             await self._doorbell()
                     else:
@@ -175,7 +178,7 @@ class Consumer:
         self.settlement.ended.clear()
         if self._has_room():
             if self._gate.open:
-                return min(limits.read_count, limits.capacity - hand.active)
+                return min(self._reads * limits.read_count, limits.capacity - hand.active)
             if self._gate.permits() > 0 and not hand.active:
                 return 1  # half-open: one entry may be read, to see whether the ControlPlane is back
         return 0
@@ -193,37 +196,51 @@ class Consumer:
         free = limits.capacity - hand.active
         return free >= enough and hand.bytes < MAX_BYTES and hand.parked < MAX_PARKED
 
+    @property
+    def _reads(self) -> int:
+        """How many reads may be under way at once: two while they come back full, so that Redis need not wait for us.
+
+        One where the stream promises order: of two, the later might be answered first.
+        """
+        return 2 if self._more and self.turn is None else 1
+
     async def _read_on(self, room: int) -> int:
-        """Reads, and meanwhile takes on what the read before brought: Redis and we work at the same time."""
-        reading = asyncio.create_task(self._intake(room))
+        """Reads, and meanwhile takes on what was read before: Redis and we work at the same time."""
+        count, rest = min(room, self._limits.read_count), max(0, room - self._limits.read_count)
+        most = (MAX_BYTES - self.hand.bytes) // (2 if rest else 1)
+        reads = [self._intake(count, most, look_around=True)]
+        if rest:
+            reads.append(self._intake(rest, most, look_around=False))
+        under_way = asyncio.gather(*reads, return_exceptions=True)
         try:
-            await asyncio.sleep(0)  # the request is out
+            await asyncio.sleep(0)  # the requests are out
             await self._take_on()
         finally:
-            read = await reading
+            ended = await under_way
+        read = 0
+        for end in ended:
+            if isinstance(end, BaseException):
+                raise end
+            read += end
         return read
 
-    async def _intake(self, room: int) -> int:
-        """Holds what others left, when it is time to look, else what is new; returns how much that was."""
-        rows = await self._rows(room)
+    async def _intake(self, room: int, most: int, *, look_around: bool) -> int:
+        """Holds what others left, when it is time to look, else what is new; returns how many entries that were."""
+        rows: list[Row] = []
+        if look_around and self._reclaimer.due_in <= 0:
+            await self._lease.catch_up()
+            rows = await self._reclaimer.take(min(room, max(1, most // MAX_ENTRY_BYTES)))
+            self._tally.claimed_entries(len(rows))
+        rows = rows or await self._read(room, max(most, MAX_ENTRY_BYTES))
         if self.turn is not None and self.turn.era != self._era:
             return 0  # it comes again with all that is pending, in order
         self._hold(rows)
         return len(rows)
 
-    async def _rows(self, room: int) -> list[Row]:
-        if self._reclaimer.due_in <= 0:
-            await self._lease.catch_up()
-            fits = max(1, (MAX_BYTES - self.hand.bytes) // MAX_ENTRY_BYTES)
-            if rows := await self._reclaimer.take(min(room, fits)):
-                self._tally.claimed_entries(len(rows))
-                return rows
-        return await self._read(room)
-
-    async def _read(self, room: int) -> list[Row]:
+    async def _read(self, room: int, most: int) -> list[Row]:
+        """At most `room` new entries, of about `most` bytes."""
         stream = self.stream
         keys = [stream.name, stream.turn_key] if self.turn else [stream.name]
-        most = max(MAX_ENTRY_BYTES, MAX_BYTES - self.hand.bytes)
         reply = await self._scripts.run(
             "read",
             keys,
@@ -408,5 +425,5 @@ class Consumer:
 
 def _up_to_a_suspect(entries: deque[Entry]) -> Iterator[Entry]:
     """Takes them out of the deque, one by one."""
-    while entries and not entries[0].suspect:
+    while entries and entries[0].deliveries < SUSPECT:
         yield entries.popleft()

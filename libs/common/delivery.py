@@ -26,7 +26,7 @@ from common.logs import get
 from common.outcomes import Cause, Dead, Delivered, Outcome, Reason, Retry
 from common.parking import Parking, decide
 from common.redis_border import RedisFault
-from common.settlement import Counters, Settlement
+from common.settlement import Counters, Figures, Settlement, no_figures
 from common.streams import MAX_ENTRY_BYTES
 from common.turn import Turn
 
@@ -46,11 +46,16 @@ class Handler(Protocol):
     ordered: bool
     batch: int
 
-    def decode(self, entry: Entry) -> str:
-        """Reads `entry.data` into `entry.message`, sets its transaction id and figures; returns the lane.
+    def decode(self, entry: Entry, data: bytes | None) -> str:
+        """Reads its data into `entry.message`, sets its transaction id; returns the lane.
 
         Raises schemas.Invalid.
         """
+
+    @staticmethod
+    def figures(message: Any, /) -> Figures:
+        """What of a delivered message is added up in the ledger."""
+        return no_figures(message)
 
     def deliver(self, entry: Entry) -> Coroutine[Any, Any, Outcome]:
         """Delivers one entry; what became of it."""
@@ -280,12 +285,11 @@ class Delivery:
 
     def _decode(self, entry: Entry) -> Dead | None:
         """Reads the entry; whatever arrives gets a verdict."""
-        if isinstance(entry.data, int):
-            return Dead(
-                Reason.INVALID, f"the entry is {entry.data} bytes long, expected at most {MAX_ENTRY_BYTES}"
-            )
+        data = entry.data
+        if isinstance(data, int):
+            return Dead(Reason.INVALID, f"the entry is {data} bytes long, expected at most {MAX_ENTRY_BYTES}")
         try:
-            entry.lane = self._handler.decode(entry)
+            entry.lane = self._handler.decode(entry, data)
         except schemas.Invalid as invalid:
             return Dead(Reason.INVALID, str(invalid))
         except Exception as error:

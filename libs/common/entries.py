@@ -33,9 +33,6 @@ class Entry(msgspec.Struct, eq=False, gc=False):
     message: Any = None  # decoded by the handler
     lane: str = ""  # the session, for lanes and batches
     transaction_id: str = ""
-    figures: tuple[int, int, int, int] | None = (
-        None  # for the ledger: audio ms, connection ms, bytes, requests
-    )
     reply: bytes | None = None  # the grant, where settling means answering
     attempts: int = 0
     not_found_since: float | None = None

@@ -35,10 +35,8 @@ class EntryHandler(Handler, ABC):
         self._sender = running.sender
         self._timestamp = running.timestamp
 
-    def decode(self, entry: Entry) -> str:
+    def decode(self, entry: Entry, data: bytes | None) -> str:
         """Reads the message; its session is the lane. Raises schemas.Invalid."""
-        data = entry.data
-        assert not isinstance(data, int)
         message = entry.message = self._read(data)
         assert data is not None  # or it would have been invalid
         entry.transaction_id = message.transaction_id or schemas.transaction_id(self._stream, entry.id, data)

@@ -10,9 +10,9 @@ handed over all it has. Together a record costs a third less processor time
     apart      as the system has it                                         half a core used      ─▶ together
     together   on the core the loop was on, all but the loop as batch       a quarter, or starved ─▶ apart
 
-Starved is a process of which a thread could run all the time while others had the core, at two looks in a row: then
-the system places it anew, and it stays apart for half a minute. Looked at four times a second; a process that is not
-busy is left alone.
+Starved is a process that others kept from its core for a third of the time in which one of its threads could run, at
+two looks in a row: then the system places it anew, and it stays apart for half a minute. Looked at four times a
+second; a process that is not busy is left alone.
 Only on Linux, and only where the process may run on several cores.
 """
 
@@ -34,8 +34,8 @@ LOOK_EVERY = 0.25
 BUSY, CALM = 0.5, 0.25
 """Cores used, at which threads go together and at which they part."""
 
-ALWAYS, ENOUGH = 0.9, 0.7
-"""Share of the time in which a thread could run, and cores used below which it was starved meanwhile."""
+OFTEN, ENOUGH = 0.5, 0.7
+"""Share of the time in which a thread could run, and how much of it the process must have got, or it was starved."""
 
 WATCHED = 2
 
@@ -63,7 +63,7 @@ def belongs_together(together: bool, use: Use, starved_before: bool) -> bool:
 
 def is_starved(use: Use) -> bool:
     """Whether others had the core that this process has tied itself to."""
-    return use.wanted >= ALWAYS and use.cores < ENOUGH
+    return use.wanted >= OFTEN and use.cores < ENOUGH * use.wanted
 
 
 class OneCore:

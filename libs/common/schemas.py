@@ -403,8 +403,8 @@ _RFC_3339 = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?"
     r"(?:[Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 ).fullmatch
-_PUNCTUATION = slice(4, 20, 3)
-_UTC = ("Z", "+00:00")
+_DECIMALS_1 = len("2026-01-01T12:00:00.0Z")
+_DECIMALS_6 = len("2026-01-01T12:00:00.000000Z")
 _SECOND = slice(17, 19)
 _ONE_SECOND = timedelta(seconds=1)
 
@@ -480,19 +480,21 @@ def _check_numbers(field: str, value: Raw) -> None:
 
 
 def _check_order(request: str, response: str) -> None:
-    """A response comes with its request or later. Almost all are in UTC with a fraction: half of the cost."""
-    if (
-        request[_PUNCTUATION] == response[_PUNCTUATION] == "--T::."
-        and request[20:21].isdigit()
-        and response[20:21].isdigit()
-        and request.endswith(_UTC)
-        and response.endswith(_UTC)
-    ):
-        try:
-            if datetime.fromisoformat(request) <= datetime.fromisoformat(response):
-                return
-        except ValueError:
-            pass
+    """Both are timestamps, and the response comes at the instant of its request or later."""
+    try:
+        # Almost all are in UTC with three or six decimals, and what Python reads of such text is RFC 3339: a third of
+        # the cost. (Behind the sixth decimal it reads over anything.)
+        if (
+            request[7] == response[7] == "-"
+            and request[10] == response[10] == "T"
+            and request[19] == response[19] == "."
+            and request[-1] == response[-1] == "Z"
+            and _DECIMALS_1 <= len(request) <= _DECIMALS_6 >= len(response) >= _DECIMALS_1
+            and datetime.fromisoformat(request) <= datetime.fromisoformat(response)
+        ):
+            return
+    except (ValueError, IndexError):
+        pass
     begun = _instant("request_timestamp", request)
     if _instant("response_timestamp", response) < begun:
         raise Invalid("response_timestamp: expected request_timestamp or later, got an earlier instant")

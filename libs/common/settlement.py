@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -38,7 +38,15 @@ ENOUGH = 250
 
 GRANT_KEPT_MS = 3_600_000
 
-_NO_FIGURES = (0, 0, 0, 0)
+Figures = tuple[int, int, int, int]
+"""Of one entry, for the ledger: audio_ms, connection_ms, data_bytes, request_count."""
+
+_NO_FIGURES: Figures = (0, 0, 0, 0)
+
+
+def no_figures(message: Any, /) -> Figures:
+    """Of a message that nothing is added up of."""
+    return _NO_FIGURES
 
 
 _Ended = TypeVar("_Ended", bound=tuple[Entry, object])
@@ -82,6 +90,7 @@ class Settlement:
         counters: Counters,
         *,
         turn_lost: Callable[[], None],
+        figures: Callable[[Any], Figures] = no_figures,
         response_stream: str | None = None,
         token: str | None = None,
         now: Callable[[], float] = time.time,
@@ -92,6 +101,7 @@ class Settlement:
         self.hand = hand
         self.ended = asyncio.Event()  # set whenever entries have left the hand
         self._turn_lost = turn_lost
+        self._figures = figures
         self._service = service
         self._counters = counters
         self._response_stream = response_stream
@@ -190,18 +200,19 @@ class Settlement:
         self.ended.set()
 
     async def _settle(self, batch: list[tuple[Entry, bool]]) -> None:
-        stream = self.stream
-        lines: list[bytes] = []
-        duplicates = 0
-        for entry, duplicate in batch:
-            duplicates += duplicate
-            outcome = b"duplicate" if duplicate else b"delivered"
-            lines.append(b"%b %b %d %d %d %d" % (entry.id, outcome, *(entry.figures or _NO_FIGURES)))
-        args: list[str | bytes | int] = [stream.group, stream.dead_group, self.token, b"\n".join(lines)]
+        stream, figures = self.stream, self._figures
+        delivered: list[str | int] = []
+        duplicate: list[str | int] = []
+        for entry, is_duplicate in batch:
+            audio_ms, connection_ms, data_bytes, requests = figures(entry.message)
+            named = duplicate if is_duplicate else delivered
+            named += entry.id.decode(), audio_ms, connection_ms, data_bytes, requests
+        entries = msgspec.json.encode({"delivered": delivered, "duplicate": duplicate})
+        args: list[str | bytes | int] = [stream.group, stream.dead_group, self.token, entries]
         keys = [stream.name, stream.dead_key, stream.ledger_key, *self._turn]
         if await self.scripts.run("settle", keys, args) == -1:
             raise TurnLost
-        self._count(batch, duplicates)
+        self._count(batch, sum(is_duplicate for _, is_duplicate in batch))
 
     async def _answer(self, batch: list[tuple[Entry, bool]]) -> None:
         assert self._response_stream is not None
@@ -218,7 +229,7 @@ class Settlement:
 
     def _count(self, batch: list[tuple[Entry, bool]], duplicates: int) -> None:
         now = self._now()
-        seconds = [now - entry.added_at for entry, _ in batch]
+        seconds = [now - int(entry.id.partition(b"-")[0]) / 1000 for entry, _ in batch]  # its `added_at`
         self._counters.settled(len(batch) - duplicates, duplicates, seconds)
 
     async def _bury(self, deaths: list[tuple[Entry, Dead]]) -> None:

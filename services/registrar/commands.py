@@ -189,9 +189,9 @@ class CommandHandler(Handler):
         self._running, self._keys, self._memory = running, keys, memory
         self._runs, self._now = runs, now
 
-    def decode(self, entry: Entry) -> str:
+    def decode(self, entry: Entry, data: bytes | None) -> str:
         """Reads the order; the lane is the command's id. Raises schemas.Invalid."""
-        order = read(entry.data if isinstance(entry.data, bytes) else None)
+        order = read(data)
         entry.message, entry.transaction_id = order, order.command_id
         return order.command_id
 

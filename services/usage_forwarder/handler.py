@@ -28,6 +28,8 @@ CREDIT_SECONDS = 360
 class UsageForwarder(EntryHandler):
     """Delivers usage records; keeps no order, since each is complete in itself."""
 
+    figures = staticmethod(schemas.UsageRecord.figures)
+
     def __init__(self, running: Running) -> None:
         super().__init__(running, running.config.streams.usage_records, schemas.usage_record)
         self.batch = running.config.control_plane.usage_batch_size
@@ -36,14 +38,16 @@ class UsageForwarder(EntryHandler):
         self._stamp_of = ""  # the moment that is in the stamp
         self._stamp = b""
 
-    def decode(self, entry: Entry) -> str:
-        lane = super().decode(entry)
-        record: schemas.UsageRecord = entry.message
-        if record.transaction_id is None:
-            entry.message = replace(record, transaction_id=entry.transaction_id)
-        entry.figures = record.figures()
+    def decode(self, entry: Entry, data: bytes | None) -> str:
+        record = schemas.usage_record(data)
+        key = record.transaction_id
+        if key is None:
+            assert data is not None  # or it would have been invalid
+            key = schemas.transaction_id(self._stream, entry.id, data)
+            record = replace(record, transaction_id=key)
+        entry.message, entry.transaction_id = record, key
         self._recent.append(record)
-        return lane
+        return record.api_session_id
 
     def deliver(self, entry: Entry) -> Delivering:  # no coroutine of its own, like those it returns
         body = schemas.usage_body(entry.message, self._stamped())

@@ -19,7 +19,7 @@ import trustme
 
 from common.config import ControlPlane, Secret
 from common.control_plane import errors
-from common.control_plane.client import MOST_COMMANDS, ControlPlaneClient, BatchCall, build
+from common.control_plane.client import MOST_COMMANDS, BatchCall, ControlPlaneClient, build
 from common.control_plane.gate import FIRST_PROBE, NOT_FOUND_STREAK
 from common.control_plane.verdicts import SPLIT, SPLIT_ONE_BY_ONE
 from common.outcomes import DELIVERED, DUPLICATE, Cause, Dead, Delivered, Reason, Retry

@@ -8,6 +8,7 @@ ever polled in vain, another does not.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from importlib.resources import files
@@ -84,8 +85,10 @@ class Walk:
 
     def settle(self) -> Step:
         keys, token = self._turn(S, DEAD, LEDGER)
-        rows = (f"{i} {self._random.choice(('delivered', 'duplicate'))} 1 2 3 4" for i in self._ids())
-        return script("settle", keys, G, D, token, "\n".join(rows))
+        named: dict[str, list[str | int]] = {"delivered": [], "duplicate": []}
+        for entry_id in self._ids():
+            named[self._random.choice(("delivered", "duplicate"))] += [entry_id, 1, 2, 3, 4]
+        return script("settle", keys, G, D, token, json.dumps(named))
 
     def bury(self) -> Step:
         keys, token = self._turn(S, DEAD, LEDGER)

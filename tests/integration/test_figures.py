@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from common import figures
 from common.figures import StreamFigures
 from common.redis_border import Scripts
-from tests.integration.workbench import STREAM, lay, make_groups
+from tests.integration.workbench import STREAM, lay, make_groups, settle
 
 ADDED, READ = 100, 50
 
@@ -28,12 +28,6 @@ async def half_read(redis: Redis) -> list[str]:
         await pipeline.execute()
     await redis.xreadgroup(STREAM.group, "me", {STREAM.name: ">"}, count=READ)
     return [f"{n}-0" for n in range(1, ADDED + 1)]
-
-
-async def settle(redis: Redis, *ids: str) -> None:
-    lines = "\n".join(f"{entry_id} delivered 0 0 0 0" for entry_id in ids)
-    args = [STREAM.group, STREAM.dead_group, "", lines]
-    assert await Scripts(redis).run("settle", [STREAM.name, STREAM.dead_key, STREAM.ledger_key], args)
 
 
 async def bury(redis: Redis, entry_id: str) -> None:

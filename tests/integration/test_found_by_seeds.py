@@ -36,10 +36,10 @@ class Reads(Told):
         self.counts: dict[str, int] = {}
         self._redis = blocking.Redis(port=port, protocol=2)
 
-    def decode(self, entry: Entry) -> str:
+    def decode(self, entry: Entry, data: bytes | None) -> str:
         rows: Any = self._redis.xpending_range(ORDERED.name, ORDERED.group, entry.id, entry.id, 1)
         self.counts[entry.id.decode()] = rows[0]["times_delivered"]
-        return super().decode(entry)
+        return super().decode(entry, data)
 
 
 async def test_a_suspect_counts_as_delivered_alone_while_it_is_decoded(

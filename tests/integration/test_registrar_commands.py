@@ -76,6 +76,12 @@ class Turn:
     held = True
 
 
+def decoded(handler: CommandHandler, entry: Entry) -> str:
+    """Its lane."""
+    assert isinstance(entry.data, bytes)
+    return handler.decode(entry, entry.data)
+
+
 class Site:
     """A registrar's parts around a real Redis; `handler()` is another process of it."""
 
@@ -110,7 +116,7 @@ class Site:
         """Delivers a command in an entry of its own, or once more in the one it has."""
         entry = command if isinstance(command, Entry) else self.entry(command)
         if entry.message is None:
-            entry.lane = handler.decode(entry)
+            entry.lane = decoded(handler, entry)
         return await handler.deliver(entry)
 
     async def place(self, command_id: str = "cmd-1") -> Place:
@@ -291,7 +297,7 @@ async def test_two_entries_of_one_command_in_two_processes_run_it_once(site: Sit
     entries = [site.entry(command), site.entry(command)]
     handlers = [site.handler(), site.handler()]
     for entry, handler in zip(entries, handlers, strict=True):
-        entry.lane = handler.decode(entry)
+        entry.lane = decoded(handler, entry)
     outcomes = await asyncio.gather(*(h.deliver(e) for h, e in zip(handlers, entries, strict=True)))
     assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Delivered", "Retry"]
     waiting = entries[0] if isinstance(outcomes[0], Retry) else entries[1]

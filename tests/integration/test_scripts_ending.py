@@ -11,6 +11,8 @@ import pytest
 from redis.asyncio import Redis
 
 from common.redis_border import Away, Full, GroupGone, Scripts
+from common.settlement import AT_ONCE
+from tests.integration import workbench
 from tests.integration.workbench import STREAM, State, imbalance, lay, make_groups, out_of_memory, state
 
 RESPONSES = "queue:quota_response"
@@ -20,12 +22,11 @@ ME, OTHER = ("me", 1), ("other", 1)
 INVALID = ("invalid", 1)
 
 
+FIGURES = (1500, 2500, 4096, 1)
+
+
 async def settle(redis: Redis, *ids: str, outcome: str = "delivered", token: str = "") -> int:
-    keys = [STREAM.name, STREAM.dead_key, STREAM.ledger_key]
-    lines = "\n".join(f"{entry_id} {outcome} 1500 2500 4096 1" for entry_id in ids)
-    args = [STREAM.group, STREAM.dead_group, token, lines]
-    reply = await Scripts(redis).run("settle", [*keys, STREAM.turn_key] if token else keys, args)
-    return int(reply)
+    return await workbench.settle(redis, *ids, outcome=outcome, figures=FIGURES, token=token)
 
 
 async def bury(redis: Redis, *ids: str, reason: str = "invalid", token: str = "") -> list[int] | int:
@@ -113,12 +114,9 @@ async def test_settle_counts_in_one_call_what_was_delivered_and_what_was_there_a
 
 async def test_a_whole_batch_at_the_bounds_of_the_schema_is_counted_without_drift(redis: Redis) -> None:
     """A figure that Lua would write as 1e+15 would stop the script half-way, after the entries were deleted."""
-    n, largest = 500, (10**12, 10**12, 2**40, 10**9)
+    n, largest = AT_ONCE, (10**12, 10**12, 2**40, 10**9)
     await lay(redis, live={f"{i}-0": ME for i in range(1, n + 1)})
-    figures = " ".join(map(str, largest))
-    lines = "\n".join(f"{i}-0 delivered {figures}" for i in range(1, n + 1))
-    args = [STREAM.group, STREAM.dead_group, "", lines]
-    assert await Scripts(redis).run("settle", [STREAM.name, STREAM.dead_key, STREAM.ledger_key], args) == n
+    assert await workbench.settle(redis, *(f"{i}-0" for i in range(1, n + 1)), figures=largest) == n
     names = ("audio_ms", "connection_ms", "data_bytes", "request_count")
     want = {"delivered": n} | {name: n * figure for name, figure in zip(names, largest, strict=True)}
     assert (await state(redis)).ledger == dict(sorted(want.items()))

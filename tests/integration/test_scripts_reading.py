@@ -12,7 +12,16 @@ from redis.asyncio import Redis
 
 from common.redis_border import Full, GroupGone, Scripts
 from common.streams import MAX_ENTRY_BYTES
-from tests.integration.workbench import STREAM, State, imbalance, lay, make_groups, out_of_memory, state
+from tests.integration.workbench import (
+    STREAM,
+    State,
+    imbalance,
+    lay,
+    make_groups,
+    out_of_memory,
+    settle,
+    state,
+)
 
 ME, OTHER = ("me", 1), ("other", 1)
 INVALID = ("invalid", 1)
@@ -109,11 +118,7 @@ async def test_books_begin_where_the_stream_stands_when_it_was_used_before(redis
 async def test_books_begin_anew_when_another_stream_has_taken_the_name(redis: Redis, added: int) -> None:
     await lay(redis, backlog=["1-0", "2-0", "3-0"])
     await read(redis)
-    await Scripts(redis).run(
-        "settle",
-        [STREAM.name, STREAM.dead_key, STREAM.ledger_key],
-        [STREAM.group, STREAM.dead_group, "", "1-0 delivered 0 0 0 0\n2-0 delivered 0 0 0 0"],
-    )
+    assert await settle(redis, "1-0", "2-0") == 2
     await redis.delete(STREAM.name)
     for n in range(added):
         await redis.xadd(STREAM.name, {"data": "new"}, id=f"9-{n}")

@@ -21,6 +21,7 @@ from tests.integration.workbench import (
     imbalance,
     make_groups,
     out_of_memory,
+    settle,
     settled,
 )
 from tests.support import RedisServer, connect, eventually
@@ -85,14 +86,9 @@ async def begin_again(redis: Redis, replica: Replica) -> None:
     assert await replica.look()
 
 
-async def settle(redis: Redis, *ids: str) -> None:
+async def read_and_settle(redis: Redis, *ids: str) -> None:
     await redis.xreadgroup(STREAM.group, "me", {STREAM.name: ">"})
-    rows = "\n".join(f"{entry_id} delivered 0 0 0 0" for entry_id in ids)
-    keys, args = (
-        [STREAM.name, STREAM.dead_key, STREAM.ledger_key],
-        [STREAM.group, STREAM.dead_group, "", rows],
-    )
-    assert await Scripts(redis).run("settle", keys, args) == len(ids)
+    assert await settle(redis, *ids) == len(ids)
 
 
 async def everything(redis: Redis) -> dict[bytes, object]:
@@ -121,7 +117,7 @@ async def test_what_went_with_the_stream_is_counted_once_by_whoever_makes_it_aga
 ) -> None:
     first, second, third = await three_replicas(redis)
     ids = await add(redis, *"abcde")
-    await settle(redis, *ids[:2])
+    await read_and_settle(redis, *ids[:2])
     for replica in (first, second, third):
         await replica.look()
     await goes(redis)
@@ -159,7 +155,7 @@ async def test_a_deleted_stream_is_noticed_by_a_process_that_never_saw_it(redis:
     first, second, _ = await three_replicas(redis)
     ids = await add(redis, *"abcde")
     await first.look()
-    await settle(redis, ids[0])
+    await read_and_settle(redis, ids[0])
     await redis.delete(STREAM.name)
     await begin_again(redis, second)
     assert (second.counts.lost, await lost(redis)) == (4, 4)
@@ -170,12 +166,12 @@ async def test_of_a_deleted_stream_what_was_delivered_from_the_next_one_is_not_t
 ) -> None:
     first, *_ = await three_replicas(redis)
     ids = await add(redis, *"abcde")
-    await settle(redis, ids[0])
+    await read_and_settle(redis, ids[0])
     await first.look()
     await redis.delete(STREAM.name)
     (new, _) = await add(redis, "x", "y")
     await remake(redis)
-    await settle(redis, new)
+    await read_and_settle(redis, new)
     assert await first.look()
     assert (await lost(redis), await imbalance(redis)) == (4, 0)
 
@@ -183,7 +179,7 @@ async def test_of_a_deleted_stream_what_was_delivered_from_the_next_one_is_not_t
 async def test_a_deleted_stream_is_noticed_when_the_next_one_has_outgrown_it(redis: Redis) -> None:
     first, *_ = await three_replicas(redis)
     ids = await add(redis, *"abcde")
-    await settle(redis, *ids[:3])
+    await read_and_settle(redis, *ids[:3])
     await first.look()
     await redis.delete(STREAM.name)
     await add(redis, *"uvwxyz")
@@ -230,7 +226,7 @@ async def test_a_first_start_on_a_stream_in_use_loses_nothing(redis: Redis, line
 
 async def test_books_from_before_there_was_a_sentinel_have_lost_nothing(redis: Redis, lines: Lines) -> None:
     first, *_ = await three_replicas(redis)
-    await settle(redis, *await add(redis, *"abc"))
+    await read_and_settle(redis, *await add(redis, *"abc"))
     await first.look()
     await redis.delete(STREAM.seen_key)
     await first.look()
@@ -283,7 +279,7 @@ async def test_a_roll_back_is_noticed_however_much_was_written_since_and_counted
     async with connect(durable_redis.port) as redis:
         first, second, third = await three_replicas(redis)
         ids = await add(redis, *"abcde")
-        await settle(redis, *ids)
+        await read_and_settle(redis, *ids)
         await add(redis, *"fg")
         for replica in (first, second, third):
             await replica.look()
@@ -315,7 +311,7 @@ async def test_of_what_was_rolled_back_no_more_is_lost_than_was_there(
         first, *_ = await three_replicas(redis)
         rolling.keep()
         ids = await add(redis, *"abcde")
-        await settle(redis, *ids[:4])
+        await read_and_settle(redis, *ids[:4])
         await first.look()
         await rolling.roll_back(redis)
         await first.look()
@@ -325,7 +321,7 @@ async def test_of_what_was_rolled_back_no_more_is_lost_than_was_there(
 async def test_a_restart_that_lost_nothing_is_no_loss(durable_redis: RedisServer, lines: Lines) -> None:
     async with connect(durable_redis.port) as redis:
         first, *_ = await three_replicas(redis)
-        await settle(redis, *await add(redis, *"abc"))
+        await read_and_settle(redis, *await add(redis, *"abc"))
         await first.look()
         await add(redis, "d")
         await redis.connection_pool.disconnect()

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from common.entries import Entry, Hand
 from common.outcomes import DELIVERED, DUPLICATE, Dead, Delivered, Reason
 from common.redis_border import Away, RedisFault
-from common.settlement import BATCH, Settlement, TurnLost
+from common.settlement import AT_ONCE, BATCH, Settlement, TurnLost, no_figures
 from tests.integration.workbench import STREAM, Counts, LosesReplies, State, imbalance, lay, state
 from tests.support import RedisServer, eventually
 
@@ -55,7 +55,7 @@ class Settling:
 
 async def test_many_entries_end_in_few_calls(redis: Redis) -> None:
     me = Settling(redis)
-    entries = await me.holding(redis, 2 * BATCH + 1)
+    entries = await me.holding(redis, 2 * AT_ONCE + 1)
     for entry in entries:
         me.settlement.delivered([entry], DELIVERED)
     await me.settlement.flush()
@@ -66,9 +66,9 @@ async def test_many_entries_end_in_few_calls(redis: Redis) -> None:
 
 
 async def test_a_settlement_whose_reply_was_lost_is_sent_again_and_counted_once(redis: Redis) -> None:
-    me = Settling(redis)
+    me = Settling(redis, figures=lambda message: message or no_figures(message))
     settled, duplicate, dead = await me.holding(redis, 3)
-    settled.figures = (1500, 2000, 10, 1)
+    settled.message = (1500, 2000, 10, 1)
     me.scripts.lose.update({"settle": 2, "bury": 2})
     faults: list[RedisFault] = []
 

@@ -7,6 +7,7 @@ Entry ids in it are small and explicit ("1-0"), so that a table can be read.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ from common.outcomes import DELIVERED, Cause, Outcome, Reason, Retry
 from common.redis_border import Away, Scripts
 from common.redis_state import RedisState
 from common.sentinel import Sentinel
+from common.settlement import Figures, no_figures
 from common.streams import GREATEST_ID, Stream
 from tests.support import connect, eventually
 
@@ -99,6 +101,15 @@ async def lay(
         for entry_id in deleted:
             lying.xdel(stream.name, entry_id)
         await lying.execute()
+
+
+async def settle(
+    redis: Redis, *ids: str, outcome: str = "delivered", figures: Figures = (0, 0, 0, 0), token: str = ""
+) -> int:
+    """The script; returns how many it settled."""
+    keys = [STREAM.name, STREAM.dead_key, STREAM.ledger_key, *([STREAM.turn_key] if token else [])]
+    entries = json.dumps({outcome: [part for entry_id in ids for part in (entry_id, *figures)]})
+    return int(await Scripts(redis).run("settle", keys, [STREAM.group, STREAM.dead_group, token, entries]))
 
 
 async def state(redis: Redis, stream: Stream = STREAM) -> State:
@@ -233,17 +244,22 @@ class Told:
     def hold_all(self) -> None:
         self._open.clear()
 
+    @staticmethod
+    def figures(message: Any, /) -> Figures:
+        """A message that is made of figures has them."""
+        return message if isinstance(message, tuple) else no_figures(message)
+
     def let_go(self) -> None:
         self._open.set()
         for event in self.slow.values():
             event.set()
 
-    def decode(self, entry: Entry) -> str:
-        if not isinstance(entry.data, bytes) or entry.data.startswith(b"?"):
+    def decode(self, entry: Entry, data: bytes | None) -> str:
+        if data is None or data.startswith(b"?"):
             raise schemas.Invalid("cannot be read")
-        entry.message = entry.data
+        entry.message = data
         entry.transaction_id = entry.id.decode()
-        return entry.data.decode().split("/")[0]
+        return data.decode().split("/")[0]
 
     async def deliver(self, entry: Entry) -> Outcome:
         return (await self.deliver_batch([entry]))[0]

@@ -108,6 +108,22 @@ def test_what_is_read_can_be_written_and_is_utf8_json(message: dict[str, Any]) -
         assert isinstance(json.loads(body.decode()), dict)
 
 
+stamps = st.sampled_from(["2026-01-01T12:00:00.123Z", "2026-01-01T12:00:00.123456Z", "2026-01-01T12:00:00Z"])
+scraps = st.text("0123456789-:.,+ TtZzWa\u0663", max_size=4)
+
+
+@given(stamps, st.integers(min_value=0, max_value=27), st.integers(min_value=0, max_value=3), scraps)
+@example("2026-01-01T12:00:00.123456Z", 26, 0, "abc")
+@example("2026-01-01T12:00:00.123Z", 20, 3, "")
+def test_the_timestamps_of_a_record_are_judged_as_all_others(stamp: str, at: int, cut: int, put: str) -> None:
+    """A record's are read in another way, since there are so many of them."""
+    written = stamp[:at] + put + stamp[at + cut :]
+    request = verdict(schemas.quota_request, json.dumps(VALID | {"timestamp": written}).encode())
+    both = {"request_timestamp": written, "response_timestamp": written}
+    record = verdict(schemas.usage_record, json.dumps(VALID | both).encode())
+    assert (record is None) == (request is None)
+
+
 def depth(value: object) -> int:
     """As contract section 1 counts: the outermost object is level one."""
     if isinstance(value, dict):

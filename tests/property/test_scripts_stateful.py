@@ -30,7 +30,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from common import dead_letters, figures, logs
-from common.consumer import Consumer
+from common.consumer import MAX_BYTES, Consumer
 from common.delivery import Limits
 from common.entries import SUSPECT, Entry, Hand, Row
 from common.ledger import GONE
@@ -332,7 +332,7 @@ class Lives(RuleBasedStateMachine):
         self.getting(
             one,
             lambda: self.model.read(one.name, one.token, room),
-            lambda: one.consumer._read(room),
+            lambda: one.consumer._read(room, MAX_BYTES),
             "read" if lost else "",
         )
 
@@ -398,7 +398,7 @@ class Lives(RuleBasedStateMachine):
     # -- the consumers end and keep entries -----------------------------------------------------------
 
     def confirm(self, one: Process, entry: Entry, outcome: Delivered) -> None:
-        entry.figures, entry.reply = self.model.items[entry.id.decode()].figures, b"{}"
+        entry.message, entry.reply = self.model.items[entry.id.decode()].figures, b"{}"
         one.settlement.delivered([entry], outcome)
 
     def flush(self, one: Process, lose: str) -> None:

@@ -21,6 +21,12 @@ APART, TOGETHER = False, True
         (TOGETHER, Use(0.1, 0.12), False, APART),  # calm
         (TOGETHER, Use(0.5, 0.99), False, TOGETHER),  # others have the core half of the time, for a moment
         (TOGETHER, Use(0.5, 0.99), True, APART),  # and for longer
+        (
+            TOGETHER,
+            Use(0.27, 0.76),
+            True,
+            APART,
+        ),  # threads that take turns at a lock want a core now and then
         (TOGETHER, Use(0.6, 0.7), True, TOGETHER),  # it waits for answers, not for the core
     ],
 )

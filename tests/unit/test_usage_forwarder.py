@@ -42,7 +42,7 @@ class Stage:
         }
         for number in range(1, n + 1):
             data = json.dumps(record).encode()
-            self.forwarder.decode(Entry(f"{number}-0".encode(), data, "", None, 1, 0.0))
+            self.forwarder.decode(Entry(f"{number}-0".encode(), data, "", None, 1, 0.0), data)
 
     def estimates(self, backlog: int, pending: int) -> tuple[float, float]:
         self.forwarder.estimate(StreamFigures(backlog=backlog, pending=pending))
