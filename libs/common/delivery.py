@@ -188,8 +188,7 @@ class Delivery:
 
     def expect(self, more: bool) -> None:
         """Whether more is about to be read, so that requests for several entries may wait until they are full."""
-        self._lanes.expect(more)
-        if not more:
+        if self._lanes.expect(more):
             self.call(self._lanes.ready)
 
     def lost(self, entries: list[Entry]) -> None:

@@ -50,8 +50,9 @@ class Queue(_WithoutOrder):
         """The entries of the next request, or None when nothing is ready."""
         return [self._ready.popleft()] if self._ready else None
 
-    def expect(self, more: bool) -> None:
-        """Whether more is about to be pushed: nothing here waits for it."""
+    def expect(self, more: bool) -> bool:
+        """Whether more is about to be pushed; True when requests that waited for it may be sent. Here none does."""
+        return False
 
     def remove(self, entries: Iterable[Entry]) -> None:
         gone = {id(entry) for entry in entries}
@@ -108,9 +109,10 @@ class Batches(_WithoutOrder):
             self._lanes[name] = lane  # to the end: the other sessions first
         return taken
 
-    def expect(self, more: bool) -> None:
-        """Whether more is about to be pushed, so that requests may wait until they are full."""
-        self._waits = more
+    def expect(self, more: bool) -> bool:
+        """Whether more is about to be pushed; True when requests that waited for it may be sent."""
+        waited, self._waits = self._waits, more
+        return waited and not more
 
     def remove(self, entries: Iterable[Entry]) -> None:
         gone = {id(entry) for entry in entries}
@@ -138,8 +140,9 @@ class Lanes:
         """How many requests could be sent."""
         return len(self._ready)
 
-    def expect(self, more: bool) -> None:
-        """Whether more is about to be pushed: nothing here waits for it."""
+    def expect(self, more: bool) -> bool:
+        """Whether more is about to be pushed; True when requests that waited for it may be sent. Here none does."""
+        return False
 
     def push(self, entry: Entry) -> None:
         """Adds an entry at its place in stream order: almost always the end, but a redriven one is older."""

@@ -86,12 +86,11 @@ class OneCore:
             await asyncio.sleep(LOOK_EVERY)
             try:
                 self.look()
-            except (
-                OSError,
-                ValueError,
-                IndexError,
-            ) as error:  # a system that does not tell, or does not let us
+            except (OSError, ValueError, IndexError) as error:
+                # A system that does not tell, or does not let us: as it was, and so it stays.
                 self._log.debug("one_core.given_up", error=str(error))
+                with suppress(OSError):
+                    _place(self._allowed, os.SCHED_OTHER)
                 return
 
     def look(self) -> None:
