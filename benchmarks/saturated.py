@@ -26,7 +26,7 @@ def measure(lab: Lab, plan: Plan) -> dict[str, object]:
     lab.clear()
     seconds = plan.size(3, 15, 30)
     url = lab.sink.urls[True]
-    backlog = plan.size(30_000, 200_000, 400_000)
+    backlog = plan.size(100_000, 500_000, 1_000_000)
     load.fill(lab.redis, backlog, plan.sessions)
     with lab.service("quota_refresher", url) as refresher:
         refresher.await_events("service.ready")

@@ -19,7 +19,7 @@ import msgspec
 
 ROOT = Path(__file__).parents[1]
 TREES = ("libs", "services", "simulation")
-SEEDS = 1000
+SEEDS = 2000
 TABLE = ROOT / "docs" / "mutations.md"
 
 _SAID = re.compile(r"^seed (\d+): at ([0-9.]+) s: (.*)$", re.MULTILINE)
