@@ -125,7 +125,7 @@ def _place(cores: set[int], policy: int) -> None:
     threads = [int(thread) for thread in os.listdir(_TASKS)]
     for thread in threads:
         if thread != get_native_id():
-            with suppress(ProcessLookupError, PermissionError):  # it has ended meanwhile, or that is not for us
+            with suppress(ProcessLookupError, PermissionError):  # it has ended, or that is not for us
                 os.sched_setscheduler(thread, policy, os.sched_param(0))
     for thread in threads:
         with suppress(ProcessLookupError):
