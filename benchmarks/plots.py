@@ -41,6 +41,8 @@ def _throughput(results: Results, axes: Any) -> bool:
     bars = axes.barh([title for title, _ in rows], [rate for _, rate in rows])
     axes.bar_label(bars, fmt="{:,.0f}", padding=3)
     axes.set_xlabel("records a second")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(axis="x", nbins=5)
     axes.margins(x=0.15)
     return bool(rows)
 
