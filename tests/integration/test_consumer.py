@@ -14,10 +14,11 @@ from redis.asyncio import Redis
 
 from common import consumer, dead_letters, logs
 from common.config import Monitoring
-from common.entries import Entry
+from common.entries import Entry, Row
 from common.outcomes import DUPLICATE, Cause, Dead, Reason, Retry
 from common.streams import HANDOVER, MAX_ENTRY_BYTES
 from tests.integration.workbench import (
+    ORDERED,
     STREAM,
     Consuming,
     State,
@@ -27,6 +28,7 @@ from tests.integration.workbench import (
     consuming,
     imbalance,
     lay,
+    make_groups,
     new_gate,
     out_of_memory,
     pending_of,
@@ -225,6 +227,61 @@ async def test_with_too_many_parked_nothing_more_is_read(
         await eventually(lambda: me.consumer.hand.parked >= 10)
         await asyncio.sleep(0.1)  # time enough to read on, if it would
         assert await in_group(redis) <= 10 + 4 * 4  # two reads under way, and two before them
+
+
+@pytest.mark.parametrize(("ordered", "most"), [(False, 2), (True, 1)], ids=["without order", "in order"])
+async def test_while_reads_come_back_full_two_are_under_way_but_one_in_order(
+    redis: Redis, redis_server: RedisServer, ordered: bool, most: int
+) -> None:
+    stream = ORDERED if ordered else STREAM
+    under_way: list[int] = []
+    out = 0
+
+    def watch(me: Consuming) -> None:
+        read = me.consumer._read
+
+        async def watched(room: int, most_bytes: int) -> list[Row]:
+            nonlocal out
+            out += 1
+            under_way.append(out)
+            try:
+                return await read(room, most_bytes)
+            finally:
+                out -= 1
+
+        me.consumer._read = watched  # type: ignore[method-assign]
+
+    await make_groups(redis, stream)
+    await add(redis, *"abcdefgh" * 10, stream=stream)
+    handler = Told(ordered=ordered)
+    async with consuming(redis_server.port, handler, stream=stream, before=watch, read_count=4) as me:
+        await settled(redis, 80, stream)
+        assert max(under_way) == most
+        under_way.clear()
+        await add(redis, "a", stream=stream)
+        await settled(redis, 81, stream)
+        assert me.consumer.in_flight == 0
+    assert max(under_way) == 1  # a read that is not full is followed by one alone
+
+
+async def test_what_was_read_and_not_yet_taken_on_is_handed_over_by_a_stop(
+    redis: Redis, redis_server: RedisServer
+) -> None:
+    async with consuming(redis_server.port, Told(), read_count=4) as me:
+        read = me.consumer._read
+
+        async def read_and_stop(room: int, most_bytes: int) -> list[Row]:
+            rows = await read(room, most_bytes)
+            if rows:
+                me.consumer.stop()
+            return rows
+
+        me.consumer._read = read_and_stop  # type: ignore[method-assign]
+        await add(redis, *"abc")
+        await me.stop()
+    live = (await state(redis)).live or {}
+    assert {consumer for consumer, _ in live.values()} <= {HANDOVER}
+    assert len(live) + int((await state(redis)).ledger.get("delivered", 0)) == 3
 
 
 # -- the gate (law 1) --------------------------------------------------------------------------------
