@@ -156,14 +156,9 @@ class Delivery:
 
     def take(self, entries: Iterable[Entry]) -> None:
         """Takes on entries in hand that are no suspects: each is on its way to a slot, or dead on arrival."""
-        holds, decode, push = self.hand.holds, self._decode, self._lanes.push
         for entry in entries:
-            if not holds(entry):  # lost while others were taken on
-                continue
-            if (dead := decode(entry)) is None:
-                push(entry)
-            else:
-                self.settlement.died(entry, dead)
+            if self.hand.holds(entry):  # else lost while others were taken on
+                self._route(entry, self._decode(entry))
         self.call(self._lanes.ready)
 
     async def take_suspect(self, entry: Entry) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 
 from common.entries import Entry
 
@@ -38,9 +39,7 @@ class Queue(_WithoutOrder):
     def push(self, entry: Entry) -> None:
         self._ready.append(entry)
 
-    def unblock(self, entry: Entry) -> None:
-        """It may be tried again."""
-        self.push(entry)
+    unblock = push
 
     def push_back(self, entries: list[Entry]) -> None:
         """Puts entries that were taken and not sent back to the front."""
@@ -83,16 +82,16 @@ class Batches(_WithoutOrder):
 
     @property
     def ready(self) -> int:
-        """How many requests could be sent."""
-        rest = 0 if self._waits else self._batch - 1  # what does not fill a request
-        return sum((len(lane) + rest) // self._batch for lane in self._lanes.values())
+        """How many requests could be sent: while more is expected none behind a session that waits for it."""
+        if self._waits:
+            full = takewhile(lambda lane: len(lane) >= self._batch, self._lanes.values())
+            return sum(len(lane) // self._batch for lane in full)
+        return sum(-(-len(lane) // self._batch) for lane in self._lanes.values())
 
     def push(self, entry: Entry) -> None:
         self._lanes.setdefault(entry.lane, deque()).append(entry)
 
-    def unblock(self, entry: Entry) -> None:
-        """It may be tried again."""
-        self.push(entry)
+    unblock = push
 
     def push_back(self, entries: list[Entry]) -> None:
         self._lanes.setdefault(entries[0].lane, deque()).extendleft(reversed(entries))

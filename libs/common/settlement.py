@@ -229,7 +229,7 @@ class Settlement:
 
     def _count(self, batch: list[tuple[Entry, bool]], duplicates: int) -> None:
         now = self._now()
-        seconds = [now - int(entry.id.partition(b"-")[0]) / 1000 for entry, _ in batch]  # its `added_at`
+        seconds = [now - entry.added_at for entry, _ in batch]
         self._counters.settled(len(batch) - duplicates, duplicates, seconds)
 
     async def _bury(self, deaths: list[tuple[Entry, Dead]]) -> None:

@@ -39,15 +39,12 @@ class UsageForwarder(EntryHandler):
         self._stamp = b""
 
     def decode(self, entry: Entry, data: bytes | None) -> str:
-        record = schemas.usage_record(data)
-        key = record.transaction_id
-        if key is None:
-            assert data is not None  # or it would have been invalid
-            key = schemas.transaction_id(self._stream, entry.id, data)
-            record = replace(record, transaction_id=key)
-        entry.message, entry.transaction_id = record, key
+        lane = super().decode(entry, data)
+        record: schemas.UsageRecord = entry.message
+        if record.transaction_id is None:
+            entry.message = replace(record, transaction_id=entry.transaction_id)
         self._recent.append(record)
-        return record.api_session_id
+        return lane
 
     def deliver(self, entry: Entry) -> Delivering:  # no coroutine of its own, like those it returns
         body = schemas.usage_body(entry.message, self._stamped())

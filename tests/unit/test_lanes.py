@@ -92,8 +92,11 @@ def test_while_more_is_read_a_request_waits_until_it_is_full() -> None:
     assert batches.ready == 1
     assert [one.id for one in batches.take() or ()] == [b"1-0", b"2-0"]
     batches.push(entry(3, "a"))
-    batches.expect(False)
-    assert batches.ready == 1
+    for number in (4, 5, 6, 7):
+        batches.push(entry(number, "b"))
+    assert (batches.ready, batches.take()) == (0, None)  # those behind it are full, and wait for their turn
+    assert batches.expect(False)
+    assert batches.ready == 3
     assert [one.id for one in batches.take() or ()] == [b"3-0"]
 
 
