@@ -34,6 +34,9 @@ from tests.support import connect, eventually
 STREAM = Stream("queue:usage_records", "usage_forwarder")
 ORDERED = Stream("queue:session_lifecycle", "session_notifier")
 
+SOON = Retry(Cause.TRANSIENT, "not now", after=0.05)
+LATER = Retry(Cause.TRANSIENT, "not now", after=3600.0)
+
 Pending = dict[str, tuple[str, int]]
 """Entry id -> consumer (in the twin: the reason) and delivery count."""
 
