@@ -39,12 +39,16 @@ class UsageForwarder(EntryHandler):
         self._stamp = b""
 
     def decode(self, entry: Entry, data: bytes | None) -> str:
-        lane = super().decode(entry, data)
-        record: schemas.UsageRecord = entry.message
-        if record.transaction_id is None:
-            entry.message = replace(record, transaction_id=entry.transaction_id)
+        # Not by way of the class it is made of: with 100 records a request that costs 7 % of the rate, measured.
+        record = schemas.usage_record(data)
+        key = record.transaction_id
+        if key is None:
+            assert data is not None  # or it would have been invalid
+            key = schemas.transaction_id(self._stream, entry.id, data)
+            record = replace(record, transaction_id=key)
+        entry.message, entry.transaction_id = record, key
         self._recent.append(record)
-        return lane
+        return record.api_session_id
 
     def deliver(self, entry: Entry) -> Delivering:  # no coroutine of its own, like those it returns
         body = schemas.usage_body(entry.message, self._stamped())
